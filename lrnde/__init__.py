@@ -1,0 +1,16 @@
+"""Locally regularized neural differential equations, as an extension of diffrax."""
+
+from ._explicit import AbstractExplicitRungeKutta as AbstractExplicitRungeKutta
+from ._explicit import Bosh3 as Bosh3
+from ._explicit import Dopri5 as Dopri5
+from ._explicit import Dopri8 as Dopri8
+from ._explicit import Tsit5 as Tsit5
+from ._regularizers import AbstractRegularizer as AbstractRegularizer
+from ._regularizers import LocalError as LocalError
+from ._regularizers import LocalStiffness as LocalStiffness
+from ._regularizers import stability_interval as stability_interval
+from ._regularizers import TakenStep as TakenStep
+from ._sampling import scaled_error as scaled_error
+from ._solve import diffeqsolve as diffeqsolve
+
+__version__ = "0.1.0"

@@ -1,0 +1,125 @@
+"""Explicit Runge-Kutta solvers with their stages written out.
+
+diffrax forms each stage as a matrix-vector product with a buffer of all stages, inside
+a loop over the stages. Here the stages are unrolled into multiplications and additions,
+which the compiler fuses with what comes before and after. The steps are the same.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from equinox import AbstractClassVar
+from jax import lax
+from jaxtyping import Array, PyTree
+
+
+def _combine(coefficients: Sequence[float], trees: Sequence[PyTree[Array]]):
+    """The linear combination of `trees`, leaf by leaf, without the zero terms."""
+    kept = [i for i, c in enumerate(coefficients) if c != 0]
+
+    def combine(*leaves):
+        # Coefficients are cast: a float64 one must not lift a float32 state.
+        terms = [np.asarray(coefficients[i], leaves[0].dtype) * leaves[i] for i in kept]
+        return sum(terms[1:], start=terms[0])
+
+    return jtu.tree_map(combine, *trees)
+
+
+class AbstractExplicitRungeKutta(diffrax.AbstractAdaptiveSolver):
+    """An embedded explicit Runge-Kutta pair, its stages written out.
+
+    Subclasses give a `tableau`, an `interpolation_cls` and their order. Takes every
+    kind of term, state and adjoint that diffrax's own Runge-Kutta solvers take.
+
+    A first-same-as-last pair evaluates its first stage once before the first step
+    rather than within it. The loop over steps then has no branch, unless the step size
+    controller knows of jumps.
+    """
+
+    term_structure: ClassVar = diffrax.AbstractTerm
+    tableau: AbstractClassVar[diffrax.ButcherTableau]
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+    def init(self, terms, t0, t1, y0, args):
+        del t1
+        return terms.vf(t0, y0, args) if self.tableau.fsal else None
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        tableau = self.tableau
+        control = terms.contr(t0, t1)
+        first = solver_state
+        if not tableau.fsal:
+            first = terms.vf(t0, y0, args)
+        elif made_jump is not False:
+            first = lax.cond(made_jump, lambda: terms.vf(t0, y0, args), lambda: first)
+        stages = [first]
+        increments = [terms.prod(first, control)]
+        y1 = y0
+        for a, c in zip(tableau.a_lower, tableau.c, strict=True):
+            # The last node is t1 itself, without a rounding error.
+            t = t1 if c == 1 else t0 + np.asarray(c, jnp.result_type(t0)) * (t1 - t0)
+            y1 = _add(y0, _combine(a, increments))
+            stages.append(terms.vf(t, y1, args))
+            increments.append(terms.prod(stages[-1], control))
+        if not tableau.ssal:
+            y1 = _add(y0, _combine(tableau.b_sol, increments))
+        y_error = _combine(tableau.b_error, increments)
+        k = jtu.tree_map(lambda *leaves: jnp.stack(leaves), *increments)
+        last = stages[-1] if tableau.fsal else None
+        dense_info = dict(y0=y0, y1=y1, k=k)
+        return y1, y_error, dense_info, last, diffrax.RESULTS.successful
+
+
+def _add(y: PyTree[Array], dy: PyTree[Array]) -> PyTree[Array]:
+    return jax.tree.map(jnp.add, y, dy)
+
+
+class Tsit5(AbstractExplicitRungeKutta):
+    """Tsitouras' 5(4) pair, as `diffrax.Tsit5`, with its stages written out."""
+
+    tableau: ClassVar = diffrax.Tsit5.tableau
+    interpolation_cls: ClassVar = diffrax.Tsit5.interpolation_cls
+
+    def order(self, terms):
+        del terms
+        return 5
+
+
+class Dopri5(AbstractExplicitRungeKutta):
+    """Dormand and Prince's 5(4) pair, as `diffrax.Dopri5`, its stages written out."""
+
+    tableau: ClassVar = diffrax.Dopri5.tableau
+    interpolation_cls: ClassVar = diffrax.Dopri5.interpolation_cls
+
+    def order(self, terms):
+        del terms
+        return 5
+
+
+class Bosh3(AbstractExplicitRungeKutta):
+    """Bogacki and Shampine's 3(2) pair, as `diffrax.Bosh3`, its stages written out."""
+
+    tableau: ClassVar = diffrax.Bosh3.tableau
+    interpolation_cls: ClassVar = diffrax.Bosh3.interpolation_cls
+
+    def order(self, terms):
+        del terms
+        return 3
+
+
+class Dopri8(AbstractExplicitRungeKutta):
+    """Dormand and Prince's 8(7) pair, as `diffrax.Dopri8`, its stages written out."""
+
+    tableau: ClassVar = diffrax.Dopri8.tableau
+    interpolation_cls: ClassVar = diffrax.Dopri8.interpolation_cls
+
+    def order(self, terms):
+        del terms
+        return 8

@@ -1,0 +1,209 @@
+"""Local regularizers: one step of the solver, measured after the solve."""
+
+import abc
+import functools as ft
+from typing import get_args, Literal, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PyTree, Real
+
+from ._sampling import Sampling, scaled_error
+
+
+class TakenStep(NamedTuple):
+    """One step of a solver and all that it produced.
+
+    `terms`, `solver` and `args` are as the solver saw them; the step leads from the
+    state `y0` at `t0` to `y1` at `t1`, with the embedded error `y_error`.
+    """
+
+    terms: PyTree[diffrax.AbstractTerm]
+    solver: diffrax.AbstractSolver
+    controller: diffrax.AbstractAdaptiveStepSizeController
+    args: PyTree
+    t0: Real[Array, ""]
+    t1: Real[Array, ""]
+    y0: PyTree[Array]
+    y1: PyTree[Array]
+    y_error: PyTree[Array]
+    dense_info: dict[str, PyTree[Array]]
+
+
+class AbstractRegularizer(eqx.Module):
+    """A quantity of one step of a solver that training makes small.
+
+    Subclasses say which step (`sampling`, `step`) and measure it (`measure`).
+    """
+
+    sampling: eqx.AbstractVar[Sampling]
+    step: eqx.AbstractVar[Literal["taken", "restarted"]]
+
+    def __check_init__(self):
+        for name, choices in (
+            ("sampling", get_args(Sampling)),
+            ("step", ("taken", "restarted")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not known; choose one of "
+                    f"{', '.join(map(repr, choices))}."
+                )
+
+    @abc.abstractmethod
+    def check(self, solver: diffrax.AbstractSolver) -> None:
+        """Raises a `TypeError` if this regularizer cannot measure steps of `solver`."""
+
+    @abc.abstractmethod
+    def measure(self, step: TakenStep) -> Real[Array, ""]:
+        """Measures one step; differentiable."""
+
+
+_DOC = """
+
+    The penalty is $T$ times the measure of one step, where $T = |t_1 - t_0|$ is the
+    length of the whole solve. The step is drawn during the solve:
+
+    - `"unbiased"`: with probability proportional to its length, which is to say the
+        step that contains a uniformly distributed time;
+    - `"biased"`: every step of the solver with the same probability;
+    - `"error"`: with probability proportional to its scaled error.
+
+    **Arguments:**
+
+    - `sampling`: How to draw the step.
+    - `step`: `"taken"` measures the very step that the solver took. `"restarted"`
+        starts a new one, as Pal et al. (2023) do: from the drawn time (under
+        `"unbiased"` a uniform time inside the step, the state there interpolated), with
+        a step size from the controller's own choice of a first step.
+
+    **Raises:**
+
+    - `ValueError` for an unknown `sampling` or `step`.
+"""
+
+
+class LocalError(AbstractRegularizer):
+    __doc__ = (
+        """Regularizes by the scaled embedded error of one step of the solve.
+
+    The measure is $E_j$, the error in units of the tolerance (`lrnde.scaled_error`).
+    Under `"unbiased"` the mean of the penalty is $\\sum_j E_j h_j$, the global
+    regularizer of Pal et al. (2021)."""
+        + _DOC
+    )
+
+    sampling: Sampling = eqx.field(static=True, default="unbiased")
+    step: Literal["taken", "restarted"] = eqx.field(static=True, default="taken")
+
+    def check(self, solver):
+        if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
+            raise TypeError(
+                f"{type(self).__name__} needs a solver with an embedded error "
+                f"estimate, which {type(solver).__name__} does not have. Use for "
+                "example `diffrax.Tsit5()`, or wrap yours in `diffrax.HalfSolver`."
+            )
+
+    def measure(self, step):
+        return scaled_error(step.controller, step.y0, step.y1, step.y_error)
+
+
+class LocalStiffness(AbstractRegularizer):
+    __doc__ = (
+        """Regularizes by the stiffness estimate of one step of the solve.
+
+    The measure is $S_j = \\|k_s - k_{s-1}\\| / (\\rho \\|g_s - g_{s-1}\\|)$, from the
+    last two stages $g$ and their derivatives $k$, which share a time node: an estimate
+    of the largest eigenvalue of the Jacobian (Hairer and Wanner, IV.2) over the length
+    $\\rho$ of the solver's stability interval on the negative real axis. Where the last
+    two stages of a tableau have different nodes, the derivative at the last but one is
+    evaluated once more at the last node. The solver has to be an explicit Runge-Kutta
+    method."""
+        + _DOC
+    )
+
+    sampling: Sampling = eqx.field(static=True, default="unbiased")
+    step: Literal["taken", "restarted"] = eqx.field(static=True, default="taken")
+
+    def check(self, solver):
+        tableau = getattr(solver, "tableau", None)
+        explicit = isinstance(tableau, diffrax.ButcherTableau) and not tableau.implicit
+        if not explicit:
+            raise TypeError(
+                f"{type(self).__name__} needs an explicit Runge-Kutta solver, such as "
+                f"`diffrax.Tsit5()`; {type(solver).__name__} is not one. "
+                "`LocalError` works with any solver that has an error estimate."
+            )
+
+    def measure(self, step):
+        tableau = step.solver.tableau
+        k, g = _last_stages(step, tableau)
+        dk, dg = (jtu.tree_map(lambda a, b: a - b, *pair) for pair in (k, g))
+        norm = step.controller.norm
+        # A stationary state has equal stages: no division by zero, and no NaN behind
+        # it in the gradient.
+        distance = norm(dg)
+        moving = distance > 0
+        h = step.t1 - step.t0
+        slope = norm(dk) / (h * jnp.where(moving, distance, 1))
+        return jnp.where(moving, slope, 0) / stability_interval(type(step.solver))
+
+
+def _last_stages(step: TakenStep, tableau: diffrax.ButcherTableau):
+    """Derivatives (times h) and states of the last two stages, last one first."""
+    ks = step.dense_info["k"]
+
+    def state(stage):
+        a = tableau.a_lower[stage - 1]
+
+        def increment(y, k):
+            weights = jnp.asarray(a, k.dtype)
+            return y + jnp.tensordot(weights, k[: len(a)], axes=1)
+
+        return jtu.tree_map(increment, step.y0, ks)
+
+    last = tableau.num_stages - 1
+    k_last = jtu.tree_map(lambda k: k[last], ks)
+    g_last, g_before = state(last), state(last - 1) if last > 1 else step.y0
+    if last > 1 and tableau.c[last - 1] == tableau.c[last - 2]:
+        k_before = jtu.tree_map(lambda k: k[last - 1], ks)
+    else:
+        t = step.t0 + tableau.c[last - 1] * (step.t1 - step.t0)
+        control = step.terms.contr(step.t0, step.t1)
+        k_before = step.terms.vf_prod(t, g_before, step.args, control)
+    return (k_last, k_before), (g_last, g_before)
+
+
+@ft.cache
+def stability_interval(solver: type[diffrax.AbstractERK]) -> float:
+    """Length of the interval of absolute stability on the negative real axis.
+
+    The first $x > 0$ with $|R(-x)| = 1$, where $R$ is the stability polynomial of the
+    method: 3.31 for `diffrax.Dopri5`, 3.51 for `diffrax.Tsit5`.
+
+    **Arguments:**
+
+    - `solver`: The class of an explicit Runge-Kutta solver.
+
+    **Returns:**
+
+    A positive float.
+    """
+    tableau = solver.tableau
+    stages = tableau.num_stages
+    a = np.zeros((stages, stages))
+    for i, row in enumerate(tableau.a_lower):
+        a[i + 1, : i + 1] = row
+    # R(z) = 1 + sum_k z^(k+1) b.A^k.1, a polynomial since A is nilpotent.
+    powers = [np.ones(stages)]
+    for _ in range(stages - 1):
+        powers.append(a @ powers[-1])
+    polynomial = np.polynomial.Polynomial(
+        [1.0] + [tableau.b_sol @ power for power in powers]
+    )
+    roots = np.concatenate([(polynomial - 1).roots(), (polynomial + 1).roots()])
+    real = roots[np.abs(roots.imag) < 1e-6].real
+    return float(-real[real < -1e-3].max())

@@ -1,0 +1,240 @@
+"""A step size controller that watches the steps of a solve and keeps one of them."""
+
+from typing import Literal, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Real
+
+Sampling = Literal["unbiased", "biased", "error"]
+
+# A replacement happens about log(number of steps) times in a solve. The number of
+# replacements is a sum of independent coin flips, so even a million steps need more
+# than 64 with probability below 1e-20; past that the last draw is used again.
+_MAX_REPLACEMENTS = 64
+
+
+class Step(NamedTuple):
+    """One step of a solver: it leads from the state `y0` at `t0` to `t1`."""
+
+    t0: Real[Array, ""]
+    t1: Real[Array, ""]
+    y0: PyTree[Array]
+
+
+class Reservoir(NamedTuple):
+    """A weighted reservoir of size one, in constant memory.
+
+    `slots` holds two `Step`s along a leading axis: row 0 is the sample, row 1 takes
+    the writes of the steps that are not chosen. (Writing always, to one place or the
+    other, keeps the update in place; selecting between old and new would copy.)
+    """
+
+    slots: Step
+    total: Float[Array, ""]
+    threshold: Float[Array, ""]
+    replacements: Int[Array, ""]
+
+
+class ControllerState(NamedTuple):
+    inner: PyTree
+    first_stages: Int[Array, ""]
+    evaluate_first_stage: Bool[Array, ""]
+    reservoir: Reservoir | None
+
+
+def scaled_error(
+    controller: diffrax.AbstractAdaptiveStepSizeController,
+    y0: PyTree[Array],
+    y1: PyTree[Array],
+    y_error: PyTree[Array],
+) -> Real[Array, ""]:
+    """The error of a step in units of the tolerance.
+
+    $E = \\| e / (\\mathrm{atol} + \\mathrm{rtol} \\max(|y_0|, |y_1|)) \\|$, with the
+    tolerances and the norm (by default the root mean square over every entry of the
+    state) of the step size controller. A step is accepted when $E < 1$.
+
+    **Arguments:**
+
+    - `controller`: An adaptive step size controller.
+    - `y0`: The state at the start of the step.
+    - `y1`: The state at its end.
+    - `y_error`: The embedded error estimate, of the same structure as the state.
+
+    **Returns:**
+
+    A real scalar.
+    """
+
+    def scale(a, b, error):
+        size = jnp.maximum(jnp.abs(a), jnp.abs(b))
+        return error / (controller.atol + controller.rtol * size)
+
+    return controller.norm(jtu.tree_map(scale, y0, y1, y_error))
+
+
+def _init_reservoir(t0, y0) -> Reservoir:
+    empty = Step(t0, t0, y0)
+    dtype = jnp.result_type(t0)
+    return Reservoir(
+        slots=jtu.tree_map(lambda x: jnp.stack([x, x]), empty),
+        total=jnp.zeros((), dtype),
+        threshold=jnp.zeros((), dtype),
+        replacements=jnp.zeros((), jnp.int32),
+    )
+
+
+def _offer(reservoir: Reservoir, step: Step, weight, keep_step, uniforms) -> Reservoir:
+    # After a replacement at total weight W the sample must survive until the total is
+    # W' with probability W / W'. So draw one uniform number u per replacement, not one
+    # per step: the next step to enter is the first one to lift the total to W / u.
+    # See Efraimidis and Spirakis (2006), the "exponential jumps", for a reservoir of
+    # size one.
+    total = reservoir.total + jnp.where(keep_step, weight, 0)
+    replace = keep_step & (total >= reservoir.threshold)
+    slot = jnp.where(replace, 0, 1)
+    draw = uniforms[jnp.minimum(reservoir.replacements, _MAX_REPLACEMENTS - 1)]
+    return Reservoir(
+        # The sample is data: gradients reach the parameters through the step that is
+        # taken from it after the solve, never through the solve itself.
+        slots=jtu.tree_map(
+            lambda x, xs: xs.at[slot].set(lax.stop_gradient(x)), step, reservoir.slots
+        ),
+        total=total,
+        threshold=jnp.where(replace, total / draw, reservoir.threshold),
+        replacements=reservoir.replacements + replace,
+    )
+
+
+class StepSampler(diffrax.AbstractAdaptiveStepSizeController):
+    """Wraps an adaptive step size controller; the steps taken stay the same.
+
+    Counts how often the first stage of a step is evaluated (which a solver with the
+    first-same-as-last property skips unless the step before was a jump or there is
+    none), and keeps one accepted step, chosen with probability proportional to its
+    length ("unbiased"), with equal probability ("biased") or in proportion to its
+    scaled error ("error").
+
+    **Arguments:**
+
+    - `controller`: The step size controller to wrap.
+    - `sampling`: How to weigh the steps; `None` keeps no step.
+    - `uniforms`: Uniform random numbers in [0, 1), one for each replacement.
+    - `evaluate_first_stage`: Whether the first step evaluates its first stage.
+    """
+
+    controller: diffrax.AbstractAdaptiveStepSizeController
+    sampling: Sampling | None = eqx.field(static=True)
+    uniforms: Float[Array, " replacements"] | None
+    evaluate_first_stage: Bool[Array, ""]
+    wrapped: bool = eqx.field(static=True, default=False)
+
+    @property
+    def rtol(self):
+        return self.controller.rtol
+
+    @property
+    def atol(self):
+        return self.controller.atol
+
+    @property
+    def norm(self):
+        return self.controller.norm
+
+    def wrap(self, direction):
+        controller = self.controller.wrap(direction)
+        # `diffrax.BacksolveAdjoint` wraps the controller again for its backward solve,
+        # of whose steps nobody wants a sample: hand back the plain controller.
+        if self.wrapped:
+            return controller
+        return StepSampler(
+            controller, self.sampling, self.uniforms, self.evaluate_first_stage, True
+        )
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        tnext, inner = self.controller.init(
+            terms, t0, t1, y0, dt0, args, func, error_order
+        )
+        return tnext, self.init_state(inner, t0, y0)
+
+    def init_state(self, inner: PyTree, t0, y0) -> ControllerState:
+        reservoir = None if self.sampling is None else _init_reservoir(t0, y0)
+        first_stages = jnp.zeros((), jnp.int32)
+        return ControllerState(
+            inner, first_stages, self.evaluate_first_stage, reservoir
+        )
+
+    def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, order, state):
+        if y_error is None:
+            raise ValueError(
+                "This solver has no embedded error estimate, so its step size cannot "
+                "be adapted. Use a solver that has one, such as `diffrax.Tsit5()`, or "
+                "wrap yours in `diffrax.HalfSolver`."
+            )
+        keep_step, tprev, tnext, made_jump, inner, result = (
+            self.controller.adapt_step_size(
+                t0, t1, y0, y1_candidate, args, y_error, order, state.inner
+            )
+        )
+        reservoir = state.reservoir
+        if reservoir is not None:
+            weight = self._weight(t0, t1, y0, y1_candidate, y_error)
+            reservoir = _offer(
+                reservoir, Step(t0, t1, y0), weight, keep_step, self.uniforms
+            )
+        evaluated = state.evaluate_first_stage
+        new_state = ControllerState(
+            inner,
+            state.first_stages + evaluated,
+            jnp.where(keep_step, made_jump, evaluated),
+            reservoir,
+        )
+        return keep_step, tprev, tnext, made_jump, new_state, result
+
+    def _weight(self, t0, t1, y0, y1, y_error):
+        if self.sampling == "unbiased":
+            return t1 - t0
+        if self.sampling == "biased":
+            return jnp.ones_like(t0)
+        error = scaled_error(self.controller, y0, y1, y_error)
+        return lax.stop_gradient(error).astype(t0.dtype)
+
+
+def draw_uniforms(key: PRNGKeyArray, dtype) -> Float[Array, " replacements"]:
+    """The random numbers that `StepSampler` needs for one solve."""
+    return jr.uniform(key, (_MAX_REPLACEMENTS,), dtype)
+
+
+class CheckpointAdjoint(diffrax.RecursiveCheckpointAdjoint):
+    """`diffrax.RecursiveCheckpointAdjoint` that leaves the sample out of checkpoints.
+
+    A checkpoint holds whatever the loop carries, unless it is a buffer. Without this
+    the sampled state would be stored once a checkpoint although the backward pass
+    never reads it; as a buffer it is stored once.
+    """
+
+    @property
+    def _loop(self):
+        loop = super()._loop
+
+        def loop_with_buffer(*, outer_while_loop, **kwargs):
+            def outer(cond_fun, body_fun, init_val, *, max_steps, buffers):
+                def all_buffers(state):
+                    return buffers(state) + [state.controller_state.reservoir.slots]
+
+                return outer_while_loop(
+                    cond_fun,
+                    body_fun,
+                    init_val,
+                    max_steps=max_steps,
+                    buffers=all_buffers,
+                )
+
+            return loop(outer_while_loop=outer, **kwargs)
+
+        return loop_with_buffer

@@ -1,0 +1,412 @@
+"""Tables and figures of the book, made from records and from published values alone.
+
+Everything here takes a list of records (`lrnde.records.load_all`). The tables need
+pandas and the figures matplotlib: `pip install 'lrnde[book]'`.
+"""
+
+import contextlib
+import importlib
+import math
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ._published import SOURCES, TABLES
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
+    import pandas
+
+
+MISSING = "missing"
+EMPTY = "–"
+METHODS = ("vanilla", "unbiased", "biased")
+
+# One colour a method in every figure, from the palette of Okabe and Ito (2008), which
+# colour-blind readers can tell apart. The order is that of tables and legends.
+COLORS = {
+    "vanilla": "#000000",
+    "unbiased": "#0072B2",
+    "biased": "#D55E00",
+    "error": "#009E73",
+    "global-error": "#CC79A7",
+    "global-stiffness": "#56B4E9",
+    "steer": "#E69F00",
+    "taylor": "#F0E442",
+}
+_MARKERS = dict(zip(COLORS, "osD^vPX*", strict=True))
+
+# curve: label, factor to the unit of the label, scale of the axis.
+_CURVES = {
+    "nfe": ("NFE", 1, "linear"),
+    "accuracy": ("Accuracy (%)", 100, "linear"),
+    "loss": ("Loss", 1, "log"),
+    "penalty": ("Penalty", 1, "log"),
+}
+
+_STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+}
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        problem = f"lrnde.report needs {name}: pip install 'lrnde[book]'"
+        raise ModuleNotFoundError(problem, name=error.name) from error
+
+
+# Numbers
+
+
+def _ordered(methods: Sequence[str]) -> list[str]:
+    """Methods without repeats: those of `COLORS` in its order, then the others."""
+    known = list(COLORS)
+    place = {method: known.index(method) for method in methods if method in known}
+    return sorted(set(methods), key=lambda method: (place.get(method, 99), method))
+
+
+def _by_method(records: Sequence[dict]) -> dict[str, list[dict]]:
+    """Groups the records of one experiment in one tier."""
+    origins = {(record["experiment"], record["tier"]) for record in records}
+    if len(origins) > 1:
+        raise ValueError(
+            f"the records come from {len(origins)} experiments or tiers:"
+            f" {sorted(origins)}. Give those of one."
+        )
+    methods = _ordered([record["method"] for record in records])
+    return {m: [r for r in records if r["method"] == m] for m in methods}
+
+
+def _mean_and_std(values: Sequence[int | float]) -> tuple[float, float]:
+    """The mean and sample deviation; one value has no deviation."""
+    deviation = np.std(values, ddof=1) if len(values) > 1 else math.nan
+    return float(np.mean(values)), float(deviation)
+
+
+def _row(records: Sequence[dict]) -> dict[str, int | float]:
+    row: dict[str, int | float] = {"seeds": len(records)}
+    samples = [{**record["metrics"], **record["times"]} for record in records]
+    for name in sorted(set.intersection(*map(set, samples))):
+        values = [sample[name] for sample in samples]
+        row[name], row[f"{name}_std"] = _mean_and_std(values)
+    return row
+
+
+def _setup(records: Sequence[dict]) -> set[tuple]:
+    """What has to agree before prediction times may be compared."""
+    return {(r["provenance"]["device"], r["times"]["predict_batch"]) for r in records}
+
+
+def summary(
+    records: Sequence[dict], baseline: str = "vanilla"
+) -> dict[str, dict[str, int | float]]:
+    """The numbers behind [`lrnde.report.table`][], unrounded.
+
+    **Arguments:**
+
+    - `records`: Records of one experiment in one tier.
+    - `baseline`: The method that ratios are taken to.
+
+    **Returns:**
+
+    A dictionary for each method that has records, vanilla first: `seeds`; the mean
+    over seeds of each metric and time under its name (fractions, seconds), and its
+    sample deviation under `<name>_std` (NaN for one seed); `nfe_ratio` and
+    `predict_ratio`, the quotients of the mean test NFE and mean prediction time to
+    the baseline's. These are NaN without records of the baseline, and
+    `predict_ratio` also where device or batch size differ from the baseline's.
+
+    **Raises:**
+
+    `ValueError` if the records come from several experiments or tiers.
+    """
+    groups = _by_method(records)
+    rows = {method: _row(group) for method, group in groups.items()}
+    base = rows.get(baseline, {})
+    for method, row in rows.items():
+        row["nfe_ratio"] = row["test_nfe"] / base.get("test_nfe", math.nan)
+        comparable = _setup(groups[method]) == _setup(groups.get(baseline, []))
+        seconds = base["predict_seconds"] if comparable else math.nan
+        row["predict_ratio"] = row["predict_seconds"] / seconds
+    return rows
+
+
+# Tables
+
+
+def _cell(row: dict[str, int | float], name: str, factor: int, digits: int) -> str:
+    mean, deviation = row.get(name, math.nan), row.get(f"{name}_std", math.nan)
+    if math.isnan(mean):
+        return MISSING if "seeds" not in row else EMPTY
+    spread = "" if math.isnan(deviation) else f" ± {factor * deviation:.{digits}f}"
+    return f"{factor * mean:.{digits}f}{spread}"
+
+
+def _published(experiment: str, method: str) -> dict[str, str]:
+    """The published row of a method that the experiment reproduces, if there is one."""
+    rows = (row for row in TABLES.get(experiment, ()) if row["method"] == method)
+    return {name: cell.replace("±", " ± ") for name, cell in next(rows, {}).items()}
+
+
+def _line(row: dict[str, int | float], published: dict[str, str]) -> dict[str, str]:
+    return {
+        "train acc %": _cell(row, "train_accuracy", 100, 2),
+        "test acc %": _cell(row, "test_accuracy", 100, 2),
+        "published test acc %": published.get("test acc %") or EMPTY,
+        "test NFE": _cell(row, "test_nfe", 1, 1),
+        "published test NFE": published.get("test NFE") or EMPTY,
+        "NFE ratio": _cell(row, "nfe_ratio", 1, 3),
+        "published ratio": published.get("NFE ratio") or EMPTY,
+        "training time (s)": _cell(row, "train_seconds", 1, 1),
+        "predict time (ms/batch)": _cell(row, "predict_seconds", 1000, 1),
+        "predict ratio": _cell(row, "predict_ratio", 1, 3),
+        "seeds": str(row.get("seeds", 0)),
+        "source": published.get("source") or EMPTY,
+    }
+
+
+def table(
+    records: Sequence[dict],
+    experiment: str,
+    tier: str,
+    baseline: str = "vanilla",
+    methods: Sequence[str] = METHODS,
+) -> "pandas.DataFrame":
+    """The results of an experiment with the published values beside them.
+
+    **Arguments:**
+
+    - `records`: Records; those of other experiments and tiers are left out.
+    - `experiment`: For instance `"mnist-node"`.
+    - `tier`: `"smoke"`, `"cpu"` or `"paper"`.
+    - `baseline`: The method that ratios are taken to.
+    - `methods`: The methods expected. One without records shows as `missing`.
+
+    **Returns:**
+
+    A data frame of text, a row a method, vanilla first: mean ± sample deviation over
+    seeds (the mean alone for one seed), "–" where there is no such number. Ratios
+    are quotients of means. `attrs["sources"]` has the full published sources.
+    """
+    pd = _import("pandas")
+    chosen = [r for r in records if (r["experiment"], r["tier"]) == (experiment, tier)]
+    rows = summary(chosen, baseline)
+    lines = {
+        method: _line(rows.get(method, {}), _published(experiment, method))
+        for method in _ordered([*methods, *rows])
+    }
+    frame = pd.DataFrame.from_dict(lines, orient="index").rename_axis("method")
+    frame.attrs["sources"] = {s: SOURCES[s] for s in frame["source"] if s in SOURCES}
+    return frame
+
+
+def published_table(experiment: str) -> "pandas.DataFrame":
+    """The published results of an experiment, as printed.
+
+    **Arguments:**
+
+    - `experiment`: For instance `"mnist-node"`.
+
+    **Returns:**
+
+    A data frame of text, a row for each method and source; "–" where the source gives
+    no value. `attrs["sources"]` has the full sources.
+
+    **Raises:**
+
+    `ValueError` if nothing was published on that experiment.
+    """
+    if experiment not in TABLES:
+        problem = f"no published results for {experiment!r}; known: {', '.join(TABLES)}"
+        raise ValueError(problem)
+    pd = _import("pandas")
+    frame = pd.DataFrame(TABLES[experiment]).set_index("method")
+    frame = frame.replace("", EMPTY).replace("±", " ± ", regex=True)
+    frame.attrs["sources"] = {source: SOURCES[source] for source in frame["source"]}
+    return frame
+
+
+def _distinct(values: Sequence) -> str:
+    return ", ".join(str(value) for value in sorted(set(values)))
+
+
+def _commit(origin: dict) -> str:
+    if origin["git_commit"] is None:
+        return "unknown"
+    return f"`{origin['git_commit'][:10]}`" + " (changed)" * (not origin["git_clean"])
+
+
+def provenance_note(records: Sequence[dict], root: str = "book/results") -> str:
+    """Says in a line of Markdown where the numbers of a table come from.
+
+    **Arguments:**
+
+    - `records`: Records of one experiment in one tier.
+    - `root`: The folder of all records, as the reader should see it.
+
+    **Returns:**
+
+    Number and folder of the records, seeds, devices, precision, versions, commits and
+    dates; each with all of its values where the records differ.
+    """
+    if not records:
+        return "**Provenance.** No records."
+    _by_method(records)
+    origins = [record["provenance"] for record in records]
+    names = origins[0]["versions"]
+    versions = (f"{n} {_distinct([o['versions'][n] for o in origins])}" for n in names)
+    devices = [
+        f"{o['device']} ({o['platform']}, precision {o['precision']})" for o in origins
+    ]
+    parts = (
+        f"{len(records)} records in `{root}/{records[0]['experiment']}/"
+        f"{records[0]['tier']}`",
+        f"seeds {_distinct([record['seed'] for record in records])}",
+        _distinct(devices),
+        ", ".join(versions),
+        f"commit {_distinct([_commit(origin) for origin in origins])}",
+        f"run on {_distinct([origin['started'][:10] for origin in origins])}",
+    )
+    return f"**Provenance.** {'; '.join(parts)}."
+
+
+# Figures
+
+
+def style() -> None:
+    """Sets matplotlib's defaults to the book's; the figures here use them anyway."""
+    _import("matplotlib").rcParams.update(_STYLE)
+
+
+@contextlib.contextmanager
+def _new_figure(panels: int, size: tuple[float, float]) -> Iterator[tuple]:
+    """A figure in the book's style, and its panels side by side."""
+    plt = _import("matplotlib.pyplot")
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False)
+        try:
+            yield figure, list(axes[0])
+        finally:
+            # What pyplot keeps open a notebook shows twice: drawn, and as a value.
+            plt.close(figure)
+
+
+def _color(method: str) -> str:
+    if method not in COLORS:
+        problem = f"no colour for method {method!r}: add one to lrnde.report.COLORS"
+        raise ValueError(problem)
+    return COLORS[method]
+
+
+def _curves(records: Sequence[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps that all seeds have in common, and the curve of each seed there."""
+    curves = [record["curves"] for record in records]
+    seeds = [dict(zip(c["step"], c[name], strict=True)) for c in curves]
+    steps = sorted(set.intersection(*map(set, seeds)))
+    return np.array(steps), np.array([[seed[step] for step in steps] for seed in seeds])
+
+
+def _draw_method(
+    axes: "matplotlib.axes.Axes", method: str, records: Sequence[dict], name: str
+) -> None:
+    step, values = _curves(records, name)
+    values = values * _CURVES[name][1]
+    if not values.any():
+        return  # such as the penalty of vanilla, which a log axis cannot show
+    mean, color = values.mean(0), _color(method)
+    axes.plot(step, mean, color=color, label=method)
+    if len(values) > 1:
+        band = values.std(0, ddof=1)
+        axes.fill_between(
+            step, mean - band, mean + band, color=color, alpha=0.18, linewidth=0
+        )
+
+
+def learning_curves(
+    records: Sequence[dict], quantity: Sequence[str] = ("nfe", "accuracy")
+) -> "matplotlib.figure.Figure":
+    """Draws how quantities change during training.
+
+    **Arguments:**
+
+    - `records`: Records of one experiment in one tier.
+    - `quantity`: A panel each: `"nfe"`, `"accuracy"`, `"loss"` or `"penalty"`.
+
+    **Returns:**
+
+    The figure: for each method the mean over seeds as a line and one sample deviation
+    to both sides as a band (no band for one seed).
+
+    **Raises:**
+
+    `ValueError` if a quantity is unknown or a method has no colour.
+    """
+    for name in set(quantity) - set(_CURVES):
+        raise ValueError(f"unknown quantity {name!r}; known: {', '.join(_CURVES)}")
+    groups = _by_method(records)
+    size = (3.8 * len(quantity), 2.9)
+    with _new_figure(len(quantity), size) as (figure, panels):
+        for axes, name in zip(panels, quantity, strict=True):
+            label, _, scale = _CURVES[name]
+            axes.set(xlabel="Training step", ylabel=label, yscale=scale)
+            for method, group in groups.items():
+                _draw_method(axes, method, group, name)
+        _legend(figure, panels)
+    return figure
+
+
+def _legend(figure: "matplotlib.figure.Figure", panels: Sequence) -> None:
+    """One legend a figure, above its panels."""
+    entries = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    names = _ordered(list(entries))
+    if names:
+        handles = [entries[name] for name in names]
+        figure.legend(handles, names, loc="outside upper center", ncols=len(names))
+
+
+def pareto(records: Sequence[dict]) -> "matplotlib.figure.Figure":
+    """Draws what each model costs against what it achieves.
+
+    **Arguments:**
+
+    - `records`: Records of one experiment in one tier.
+
+    **Returns:**
+
+    The figure: test NFE against test accuracy, a marker a seed. Up and to the left is
+    better.
+
+    **Raises:**
+
+    `ValueError` if a method has no colour.
+    """
+    groups = _by_method(records)
+    with _new_figure(1, (4.6, 3.2)) as (figure, (axes,)):
+        axes.set(xlabel="Test NFE", ylabel="Test accuracy (%)")
+        for method, group in groups.items():
+            nfe = [record["metrics"]["test_nfe"] for record in group]
+            accuracy = [100 * record["metrics"]["test_accuracy"] for record in group]
+            look = {"color": _color(method), "marker": _MARKERS.get(method, "o")}
+            axes.scatter(nfe, accuracy, s=48, edgecolors="white", label=method, **look)
+        _legend(figure, [axes])
+    return figure

@@ -1,0 +1,120 @@
+"""Runs experiments and keeps their records: `python -m lrnde.run --help`."""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from . import experiments, records
+from .experiments import Config
+
+ROOT = Path(__file__).parents[1]
+PARAMS = ROOT / "notebooks" / "params"
+RESULTS = ROOT / "book" / "results"
+RUNS = ROOT / "runs"
+
+
+def settings(experiment: str, tier: str) -> list[Config]:
+    """The runs of an experiment at a tier, as its chapter's parameters file has them.
+
+    **Raises:**
+
+    - `FileNotFoundError`, naming the experiments and tiers that there are.
+    """
+    path = PARAMS / tier / f"{experiment.replace('-', '_')}.yaml"
+    if not path.exists():
+        known = sorted(p.relative_to(PARAMS).as_posix() for p in PARAMS.glob("*/*"))
+        raise FileNotFoundError(f"no {path}; there are: {', '.join(known)}")
+    return experiments.configs(
+        {"experiment": experiment, **yaml.safe_load(path.read_text())}
+    )
+
+
+def checkpoint_of(config: Config) -> Path:
+    """Where the run of a configuration keeps its checkpoint."""
+    return RUNS / config.experiment / config.tier / f"{config.name}.ckpt"
+
+
+def record_of(config: Config) -> Path:
+    """Where the record of a configuration goes."""
+    return records.path_of(vars(config), RESULTS)
+
+
+def run(configs: Sequence[Config], deadline: float) -> bool:
+    """Runs what has no record yet; `False` if the time was up before the end."""
+    for config in configs:
+        if record_of(config).exists():
+            print(f"{config.name}: has its record, {record_of(config)}")
+            continue
+        started = time.monotonic()
+        finished = experiments.run(
+            config,
+            checkpoint=checkpoint_of(config),
+            deadline=deadline,
+            progress=sys.stderr.isatty(),
+        )
+        if finished is None:
+            print(f"{config.name}: stopped; the next run goes on from its checkpoint")
+            return False
+        path = records.save(finished.record, RESULTS)
+        metrics = finished.record["metrics"]
+        print(
+            f"{config.name}: {time.monotonic() - started:.0f} s, test accuracy "
+            f"{metrics['test_accuracy']:.4f}, test NFE {metrics['test_nfe']:.1f}, "
+            f"record {path}",
+            flush=True,
+        )
+    return True
+
+
+def measure(configs: Sequence[Config]) -> None:
+    """Times predictions of all runs side by side and puts that into their records."""
+    seconds = experiments.measure(list(configs), checkpoint_of)
+    for config in configs:
+        record = records.load(record_of(config))
+        del record["checksum"]
+        record["times"]["predict_seconds"] = seconds[config.name]
+        records.save(record, RESULTS)
+        print(f"{config.name}: {1e3 * seconds[config.name]:.2f} ms a batch")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m lrnde.run", description=__doc__)
+    parser.add_argument("experiment", help="for example mnist-node")
+    parser.add_argument("--tier", required=True, help="smoke, book, cpu or paper")
+    parser.add_argument("--method", nargs="+", help="only these methods")
+    parser.add_argument("--seed", nargs="+", type=int, help="only these seeds")
+    parser.add_argument("--max-minutes", type=float, default=math.inf)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="list runs and records")
+    what.add_argument(
+        "--measure",
+        action="store_true",
+        help="time the predictions of finished runs side by side",
+    )
+    options = parser.parse_args(arguments)
+    configs = [
+        config
+        for config in settings(options.experiment, options.tier)
+        if config.method in (options.method or [config.method])
+        and config.seed in (options.seed or [config.seed])
+    ]
+    if options.list:
+        for config in configs:
+            state = "done" if record_of(config).exists() else "missing"
+            print(f"{config.name}: {state}")
+        return 0
+    if options.measure:
+        measure(configs)
+        return 0
+    deadline = time.monotonic() + 60 * options.max_minutes
+    return 0 if run(configs, deadline) else 75  # EX_TEMPFAIL: call again
+
+
+if __name__ == "__main__":
+    sys.exit(main())

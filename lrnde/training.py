@@ -1,0 +1,423 @@
+"""Training: one compiled step, a step budget that adapts, checkpoints that survive."""
+
+import io
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Real
+from tqdm.auto import tqdm
+
+from ._files import write_atomically
+from ._regularizers import AbstractRegularizer
+
+_MAGIC = b"lrnde checkpoint 1\n"
+_CURVES = ("loss", "penalty", "accuracy", "nfe")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step and what was kept."""
+
+
+class Evaluation(NamedTuple):
+    """What an objective says of one batch; see `fit`.
+
+    - `loss`: The data's part of the loss.
+    - `penalty`: The regularizer's penalty, not yet weighted.
+    - `accuracy`: Any figure of merit to show and record.
+    - `nfe`, `num_steps`, `successful`: Of the solve; see `lrnde.models.Prediction`.
+    """
+
+    loss: Real[Array, ""]
+    penalty: Real[Array, ""]
+    accuracy: Real[Array, ""]
+    nfe: Int[Array, ""]
+    num_steps: Int[Array, ""]
+    successful: Bool[Array, ""]
+
+
+def schedule(spec: dict[str, Any], steps: int) -> optax.Schedule:
+    """A schedule of a learning rate or a weight, as an optax schedule.
+
+    **Arguments:**
+
+    - `spec`: One of `{"kind": "constant", "value": v}`,
+        `{"kind": "exponential", "start": a, "end": b}` (a to b over all steps),
+        `{"kind": "cosine", "start": a, "end": b}`,
+        `{"kind": "inverse", "start": a, "rate": r}` ($a / (1 + r k)$ at step $k$).
+    - `steps`: The number of training steps.
+
+    **Returns:**
+
+    A function from the step to the value.
+
+    **Raises:**
+
+    - `ValueError` for an unknown kind, or a missing or surplus number.
+    """
+    makers = {
+        "constant": (optax.constant_schedule, {"value"}),
+        "exponential": (
+            lambda start, end: optax.exponential_decay(start, steps, end / start),
+            {"start", "end"},
+        ),
+        "cosine": (
+            lambda start, end: optax.cosine_decay_schedule(start, steps, end / start),
+            {"start", "end"},
+        ),
+        "inverse": (
+            lambda start, rate: lambda step: start / (1 + rate * step),
+            {"start", "rate"},
+        ),
+    }
+    numbers = {name: value for name, value in spec.items() if name != "kind"}
+    kind = spec.get("kind")
+    if kind not in makers:
+        raise ValueError(f"schedule {spec}: kind must be one of {', '.join(makers)}.")
+    make, names = makers[kind]
+    if set(numbers) != names:
+        raise ValueError(f"schedule {spec}: {kind} takes {', '.join(sorted(names))}.")
+    return make(**numbers)
+
+
+@dataclass
+class StepBudget:
+    """How many solver steps a training step may take.
+
+    The cost of a gradient grows with the number of steps that memory is set aside for,
+    so this is kept near what the solves need: doubled when one runs out (that batch is
+    tried again), halved when `patience` training steps in a row used at most a quarter.
+    Every change compiles the training step anew, hence powers of two and patience.
+
+    **Arguments:**
+
+    - `steps`: The budget to start with.
+    - `limit`: A solve that needs more than this stops the training.
+    - `patience`: Training steps after which an idle budget is halved.
+    """
+
+    steps: int = 64
+    limit: int = 16384
+    patience: int = 200
+    idle: int = 0
+
+    def grow(self) -> bool:
+        """Doubles the budget; `False` if it is at its limit."""
+        self.idle = 0
+        if self.steps >= self.limit:
+            return False
+        self.steps = min(2 * self.steps, self.limit)
+        return True
+
+    def note(self, used: int) -> None:
+        """Takes note of the number of steps that a training step has used."""
+        self.idle = self.idle + 1 if 4 * used <= self.steps else 0
+        if self.idle >= self.patience and self.steps > 8:
+            self.steps, self.idle = self.steps // 2, 0
+
+
+@dataclass
+class History:
+    """Learning curves: means over intervals of `every` training steps.
+
+    **Arguments:**
+
+    - `every`: Training steps in an interval.
+    - `curves`: From a name to its values so far; `"step"` holds the intervals' ends.
+    - `pending`: The values of the interval that is not over yet.
+    """
+
+    every: int = 10
+    curves: dict[str, list[float]] = field(
+        default_factory=lambda: {name: [] for name in ("step", *_CURVES)}
+    )
+    pending: list[list[float]] = field(default_factory=list)
+
+    def add(self, step: int, evaluation: Evaluation) -> None:
+        """Adds what training step number `step` (from one) came to."""
+        self.pending.append([float(getattr(evaluation, name)) for name in _CURVES])
+        if step % self.every:
+            return
+        self.curves["step"].append(step)
+        for name, values in zip(_CURVES, zip(*self.pending, strict=True), strict=True):
+            self.curves[name].append(sum(values) / len(values))
+        self.pending = []
+
+
+@dataclass
+class State:
+    """All that training goes on from, and what it has seen so far.
+
+    - `model`, `opt_state`: Parameters and optimiser.
+    - `step`: Training steps done.
+    - `budget`: The step budget.
+    - `history`: The learning curves.
+    - `seconds`: Wall time of the training steps, compilation left out.
+    - `compile_seconds`: Wall time of those training steps that had to be compiled.
+    """
+
+    model: PyTree
+    opt_state: PyTree
+    step: int = 0
+    budget: StepBudget = field(default_factory=StepBudget)
+    history: History = field(default_factory=History)
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+
+
+def save_checkpoint(path: Path, state: State, identity: str) -> None:
+    """Writes a checkpoint; at any moment the file is either the old or the new one.
+
+    **Arguments:**
+
+    - `path`: The file.
+    - `state`: What to save.
+    - `identity`: Whose checkpoint it is, for example the hash of a configuration.
+    """
+    header = dict(
+        identity=identity,
+        step=state.step,
+        budget=asdict(state.budget),
+        history=asdict(state.history),
+        seconds=state.seconds,
+        compile_seconds=state.compile_seconds,
+    )
+    buffer = io.BytesIO()
+    buffer.write(_MAGIC + json.dumps(header).encode() + b"\n")
+    eqx.tree_serialise_leaves(buffer, (state.model, state.opt_state))
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, like: State, identity: str) -> State:
+    """Reads a checkpoint.
+
+    **Arguments:**
+
+    - `path`: The file.
+    - `like`: A state of the same structure, for example a freshly made one.
+    - `identity`: As for `save_checkpoint`; another one is refused.
+
+    **Raises:**
+
+    - `TrainingError` if the file is damaged, or of another run.
+    """
+    remedy = f"Move or delete {path} to start this run from its beginning."
+    with open(path, "rb") as file:
+        if file.readline() != _MAGIC:
+            raise TrainingError(f"{path} is not a checkpoint of lrnde. {remedy}")
+        try:
+            header = json.loads(file.readline())
+            if header["identity"] != identity:
+                raise TrainingError(
+                    f"{path} belongs to a run with other settings. {remedy}"
+                )
+            model, opt_state = eqx.tree_deserialise_leaves(
+                file, (like.model, like.opt_state)
+            )
+        except (ValueError, KeyError, EOFError, RuntimeError) as error:
+            if isinstance(error, TrainingError):
+                raise
+            raise TrainingError(f"{path} is damaged ({error}). {remedy}") from error
+    return State(
+        model,
+        opt_state,
+        header["step"],
+        StepBudget(**header["budget"]),
+        History(**header["history"]),
+        header["seconds"],
+        header["compile_seconds"],
+    )
+
+
+class _Outcome(NamedTuple):
+    evaluation: Evaluation
+    finite: Bool[Array, ""]
+
+
+def _make_step(objective, optimizer, weight, regularizer):
+    """The training step, compiled once for each step budget."""
+
+    def total_loss(model, batch, key, step, max_steps):
+        evaluation = objective(
+            model, batch, regularizer=regularizer, key=key, max_steps=max_steps
+        )
+        loss = evaluation.loss
+        if regularizer is not None:
+            loss = loss + weight(step) * evaluation.penalty
+        return loss, evaluation
+
+    @eqx.filter_jit
+    def train_step(model, opt_state, batch, key, step, max_steps):
+        key = jr.fold_in(key, step)
+        gradient_of = eqx.filter_value_and_grad(total_loss, has_aux=True)
+        (loss, evaluation), gradient = gradient_of(model, batch, key, step, max_steps)
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(gradient))
+        params = eqx.filter(model, eqx.is_inexact_array)
+        updates, new_opt_state = optimizer.update(gradient, opt_state, params)
+        new_model = eqx.apply_updates(model, updates)
+        # A step that did not work out leaves no trace: its batch is tried again.
+        keep = finite & evaluation.successful
+        select = lambda new, old: jnp.where(keep, new, old)  # noqa: E731
+        new, old = (
+            eqx.filter(tree, eqx.is_array)
+            for tree in ((new_model, new_opt_state), (model, opt_state))
+        )
+        chosen = jax.tree.map(select, new, old)
+        static = eqx.filter((model, opt_state), eqx.is_array, inverse=True)
+        return eqx.combine(chosen, static), _Outcome(evaluation, finite)
+
+    return train_step
+
+
+class _Interrupt:
+    """Lets Ctrl-C end the training between two steps; a second one ends it at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        self.in_main_thread = threading.current_thread() is threading.main_thread()
+        if self.in_main_thread:
+            self.previous = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, signum, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, self.previous)
+
+    def __exit__(self, *exception):
+        if self.in_main_thread:
+            signal.signal(signal.SIGINT, self.previous)
+
+
+def fit(
+    model: PyTree,
+    objective: Callable[..., Evaluation],
+    batches: Callable[[int], PyTree],
+    *,
+    steps: int,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    regularizer: AbstractRegularizer | None = None,
+    weight: optax.Schedule = optax.constant_schedule(1.0),  # noqa: B008
+    budget: StepBudget | None = None,
+    checkpoint: Path | None = None,
+    identity: str = "",
+    checkpoint_every: int = 100,
+    deadline: float = math.inf,
+    progress: bool = True,
+) -> State:
+    """Trains a model.
+
+    The loss is `objective` plus, with a regularizer, `weight(step) * penalty`. A solve
+    that runs out of steps is tried again with a larger budget, so no batch is lost.
+
+    **Arguments:**
+
+    - `model`: An `equinox.Module`; its inexact arrays are trained.
+    - `objective`: Called as `objective(model, batch, regularizer=..., key=...,
+        max_steps=...)`; returns an `Evaluation`.
+    - `batches`: From the step to its batch. All batches have the same shapes.
+    - `steps`: How many training steps.
+    - `optimizer`: An optax optimiser.
+    - `key`: A `jax.random.key`; step `k` uses `jax.random.fold_in(key, k)`.
+    - `regularizer`: As for `lrnde.diffeqsolve`.
+    - `weight`: The weight of the penalty, a function of the step.
+    - `budget`: The step budget to start with.
+    - `checkpoint`: A file to resume from if it exists, and to write to.
+    - `identity`: Whose checkpoint it is; one of another identity is refused.
+    - `checkpoint_every`: Training steps between checkpoints.
+    - `deadline`: Stop cleanly at this `time.monotonic()`.
+    - `progress`: Whether to show a progress bar.
+
+    **Returns:**
+
+    The final `State`. Where `state.step < steps` the training was interrupted (Ctrl-C
+    or the deadline).
+
+    **Raises:**
+
+    - `TrainingError`: if the loss or its gradient is not finite, or a solve needs more
+        steps than the budget's limit. The last good state is in the checkpoint.
+    """
+    params = eqx.filter(model, eqx.is_inexact_array)
+    state = State(model, optimizer.init(params), budget=budget or StepBudget())
+    if checkpoint is not None and checkpoint.exists():
+        state = load_checkpoint(checkpoint, state, identity)
+    train_step = _make_step(objective, optimizer, weight, regularizer)
+    compiled = set()
+
+    def save():
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, state, identity)
+
+    def fail(reason: str):
+        save()
+        kept = f"kept in {checkpoint}" if checkpoint else "not kept (no checkpoint)"
+        raise TrainingError(
+            f"step {state.step}: {reason} The state before that step is {kept}."
+        )
+
+    bar = tqdm(total=steps, initial=state.step, disable=not progress, unit="step")
+    with bar, _Interrupt() as interrupt:
+        while state.step < steps and not interrupt.asked:
+            if time.monotonic() > deadline:
+                break
+            started = time.monotonic()
+            (new_model, new_opt_state), outcome = train_step(
+                state.model,
+                state.opt_state,
+                batches(state.step),
+                key,
+                jnp.asarray(state.step),
+                state.budget.steps,
+            )
+            evaluation, finite = jax.device_get(outcome)
+            seconds = time.monotonic() - started
+            if state.budget.steps in compiled:
+                state.seconds += seconds
+            else:
+                state.compile_seconds += seconds
+            compiled.add(state.budget.steps)
+            if not evaluation.successful:
+                if state.budget.grow():
+                    continue
+                fail(
+                    f"the solve needs more than {state.budget.limit} steps. Loosen the "
+                    "tolerance, lower the learning rate, or raise "
+                    "`StepBudget(limit=...)`."
+                )
+            if not finite:
+                fail(
+                    "the loss or its gradient is not finite. Lower the learning rate "
+                    "or the weight of the penalty."
+                )
+            state.model, state.opt_state = new_model, new_opt_state
+            state.budget.note(int(evaluation.num_steps))
+            state.step += 1
+            state.history.add(state.step, evaluation)
+            bar.update()
+            bar.set_postfix(_postfix(evaluation), refresh=False)
+            if state.step % checkpoint_every == 0:
+                save()
+    save()
+    return state
+
+
+def _postfix(evaluation: Evaluation) -> dict[str, str]:
+    return {
+        "loss": f"{evaluation.loss:.3f}",
+        "accuracy": f"{evaluation.accuracy:.3f}",
+        "nfe": str(evaluation.nfe),
+    }

@@ -1,0 +1,26 @@
+import itertools
+import os
+
+import jax
+import jax.random as jr
+import pytest
+from jaxtyping import install_import_hook
+
+os.environ["MPLBACKEND"] = "Agg"  # no test opens a window
+
+# Every annotation in the package is checked at run time, shapes included.
+install_import_hook("lrnde", "beartype.beartype")
+
+
+@pytest.fixture
+def getkey():
+    """Call it for a key; each call gives another, and a test always gets the same."""
+    seeds = itertools.count()
+    return lambda: jr.key(next(seeds))
+
+
+@pytest.fixture
+def float64():
+    """The test runs in double precision."""
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,128 @@
+"""Each chapter is committed clean, runs at its smoke setting, and shows what it says.
+
+A chapter whose parameter `results_path` is not empty writes its results there, one JSON
+object; the tests judge these and not the exit status.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+PARAMS = sorted(NOTEBOOKS.glob("params/*/*.yaml"))
+
+
+def check_first_look(results):
+    assert 0 < results["nfe_ratio"] < 1
+    assert 0 < results["predict_ratio"] < math.inf
+    for method in ["vanilla", "regularized"]:
+        assert 0 <= results[f"accuracy_{method}"] <= 1
+
+
+def check_adaptive_solvers(results):
+    assert abs(results["order_slope"] - 5) < 0.5
+    assert results["robertson_steps"] > 20
+
+
+def check_local_regularization(results):
+    assert abs(results["unbiased_z"]) < 4
+    assert abs(results["biased_z"]) < 4
+    assert results["gradient_relative_error"] < 1e-4
+
+
+def check_adjoints_and_memory(results):
+    assert results["max_gradient_difference"] < 1e-4
+    extra = results["extra_bytes"]  # of the regularizer, one entry a number of steps
+    assert len(extra) > 1
+    assert max(extra) - min(extra) <= 1024 + 0.05 * max(extra)
+
+
+def check_mnist_node(results):
+    assert 0 < results["nfe_ratio_unbiased"] < 1
+    assert 0 < results["nfe_ratio_biased"] < 1
+    assert results["losses_finite"] is True
+    assert results["record_written"] is True
+
+
+CHECKS = {
+    "first_look": check_first_look,
+    "adaptive_solvers": check_adaptive_solvers,
+    "local_regularization": check_local_regularization,
+    "adjoints_and_memory": check_adjoints_and_memory,
+    "mnist_node": check_mnist_node,
+}
+
+
+def parameters(chapter):
+    """The chapter's parameters: for each name its type, default and comment."""
+    return papermill.inspect_notebook(str(NOTEBOOKS / f"{chapter}.ipynb"))
+
+
+def run(chapter, output, results_path):
+    """Run a chapter at its smoke setting; papermill shows the error if it fails."""
+    command = [sys.executable, "-m", "papermill", f"{chapter}.ipynb", output]
+    command += ["--parameters_file", f"params/smoke/{chapter}.yaml"]
+    command += ["--parameters_raw", "results_path", results_path, "--no-progress-bar"]
+    subprocess.run(command, cwd=NOTEBOOKS, check=True)
+
+
+def records():
+    """Every committed record with the time of its last change."""
+    return {p: p.stat().st_mtime_ns for p in ROOT.glob("book/results/**/*.json")}
+
+
+def test_every_chapter_is_checked():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    pages = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
+    chapters = {Path(page).name for page in pages if page.startswith("notebooks/")}
+    assert chapters == set(CHECKS)
+    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == chapters
+
+
+@pytest.mark.parametrize("chapter", CHECKS)
+def test_committed_clean(chapter):
+    notebook = nbformat.read(NOTEBOOKS / f"{chapter}.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
+    assert sum("parameters" in cell_tags for cell_tags in tags) == 1
+
+
+@pytest.mark.parametrize("chapter", CHECKS)
+def test_parameters_are_typed_and_explained(chapter):
+    found = parameters(chapter)
+    assert found["results_path"]["default"] == '""'
+    for name, parameter in found.items():
+        assert parameter["inferred_type_name"] != "None", f"{name} has no annotation"
+        assert parameter["help"], f"{name} has no comment"
+
+
+def test_every_chapter_has_a_smoke_setting():
+    assert {path.stem for path in PARAMS if path.parent.name == "smoke"} == set(CHECKS)
+
+
+@pytest.mark.parametrize("path", PARAMS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_settings_name_parameters(path):
+    # papermill only warns about a name that the notebook does not have.
+    assert path.parent.name in {"smoke", "cpu", "paper"}
+    settings = yaml.safe_load(path.read_text())
+    assert settings.keys() <= parameters(path.stem).keys() - {"results_path"}
+
+
+@pytest.mark.parametrize("chapter", CHECKS)
+def test_results(chapter, tmp_path, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND")  # figures go where they go in the book
+    before = records()
+    run(chapter, tmp_path / "executed.ipynb", tmp_path / "results.json")
+    CHECKS[chapter](json.loads((tmp_path / "results.json").read_text()))
+    assert records() == before, "a smoke run must leave the committed records alone"

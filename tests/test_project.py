@@ -1,0 +1,77 @@
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TARGETS = ["book", "test", "lint", "lab", "data", "clean", "help"]
+
+
+def blocks(language):
+    """The README's code blocks in one language."""
+    text = (ROOT / "README.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def make(*arguments):
+    return subprocess.run(
+        ["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def ranges(requirements):
+    parsed = [Requirement(requirement) for requirement in requirements]
+    return {requirement.name: requirement.specifier for requirement in parsed}
+
+
+def test_conda_environment_mirrors_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    found = ranges(line.replace("matplotlib-base", "matplotlib") for line in conda)
+    extras = PROJECT["optional-dependencies"]
+    wanted = [f"python{PROJECT['requires-python']}", "pip", *PROJECT["dependencies"]]
+    assert found == ranges([*wanted, *extras["book"], *extras["test"]])
+    assert pip == {"pip": ["-e ."]}
+    assert environment["channels"] == ["conda-forge", "nodefaults"]
+
+
+def test_citation_has_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_make_target(target):
+    assert make("--dry-run", target)
+    assert re.search(rf"^  make {target} +\S", make("help"), re.MULTILINE)
+
+
+def test_readme_commands_exist():
+    commands = re.findall(r"^make (\w+)", "".join(blocks("sh")), re.MULTILINE)
+    assert {"test", "book"} <= set(commands) <= set(TARGETS)
+
+
+def test_readme_example_runs():
+    (example,) = blocks("python")
+    assert len(example.split("\n")) < 20
+    namespace = {}
+    exec(example, namespace)
+    gradient = namespace["gradient"]
+    assert jnp.isfinite(gradient).all()
+    assert (gradient != 0).any()
+
+
+def test_core_imports_without_the_extras():
+    names = PROJECT["optional-dependencies"]["book"]
+    blocked = {Requirement(name).name.replace("-", "_") for name in names}
+    blocked |= {"sklearn", "IPython"}
+    code = f"import sys; sys.modules.update(dict.fromkeys({sorted(blocked)})); "
+    subprocess.run([sys.executable, "-c", code + "import lrnde"], cwd=ROOT, check=True)

@@ -1,0 +1,312 @@
+import math
+import sys
+
+import hypothesis.strategies as st
+import matplotlib.colors
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from test_records import make_record
+
+from lrnde import _published, report
+
+positive = st.floats(1e-3, 1e3)
+samples = st.lists(positive, min_size=1, max_size=5)
+
+
+def make_records(nfe, **changes):
+    """A record for each method and each test NFE in `nfe[method]`."""
+    return [
+        make_record(method, seed, metrics={"test_nfe": value}, **changes)
+        for method, values in nfe.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+THREE = {"vanilla": [48, 50, 49], "unbiased": [31, 30, 32], "biased": [30, 30, 33]}
+
+
+# Numbers
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from(report.METHODS), samples, min_size=1))
+def test_summary_agrees_with_numpy(nfe):
+    rows = report.summary(make_records(nfe))
+    assert set(rows) == set(nfe)
+    base = np.mean(nfe.get("vanilla", math.nan))
+    for method, values in nfe.items():
+        row = rows[method]
+        assert row["seeds"] == len(values)
+        assert row["test_nfe"] == pytest.approx(np.mean(values))
+        assert row["nfe_ratio"] == pytest.approx(np.mean(values) / base, nan_ok=True)
+        if len(values) > 1:
+            deviation = np.std(values, ddof=1)
+            assert row["test_nfe_std"] == pytest.approx(deviation, abs=1e-9)
+        else:
+            assert math.isnan(row["test_nfe_std"])
+
+
+@settings(deadline=None)
+@given(st.permutations(make_records(THREE)), st.sampled_from(report.METHODS))
+def test_summary_does_not_depend_on_the_order(records, baseline):
+    rows = report.summary(records, baseline)
+    assert list(rows) == list(report.METHODS)
+    assert rows[baseline]["nfe_ratio"] == 1
+    assert rows["biased"]["nfe_ratio"] == pytest.approx(
+        np.mean(THREE["biased"]) / np.mean(THREE[baseline])
+    )
+
+
+@pytest.mark.parametrize(
+    "change, comparable",
+    [
+        ({}, True),
+        ({"provenance": {"device": "Another"}}, False),
+        ({"times": {"predict_seconds": 0.0425, "predict_batch": 64}}, False),
+    ],
+)
+def test_prediction_times_are_compared_on_equal_terms_only(change, comparable):
+    change = {"times": {"predict_seconds": 0.0425}} | change
+    ours = make_record("biased", **change)
+    ratio = report.summary([make_record(), ours])["biased"]["predict_ratio"]
+    assert ratio == pytest.approx(0.5 if comparable else math.nan, nan_ok=True)
+
+
+def test_experiments_are_not_mixed():
+    mixed = [make_record(), make_record(tier="paper")]
+    for function in (report.summary, report.learning_curves, report.pareto):
+        with pytest.raises(ValueError, match="2 experiments or tiers"):
+            function(mixed)
+
+
+# Tables
+
+
+@settings(deadline=None)
+@given(st.sets(st.sampled_from([*report.METHODS, "error", "mine"])), st.randoms())
+def test_missing_methods_are_visible(present, random):
+    records = make_records({method: [40, 42] for method in present})
+    random.shuffle(records)
+    frame = report.table(records, "mnist-node", "cpu")
+    extra = [method for method in ("error", "mine") if method in present]
+    assert list(frame.index) == [*report.METHODS, *extra]
+    for method, row in frame.iterrows():
+        assert (row["test NFE"] == report.MISSING) == (method not in present)
+        assert (row["test acc %"] == report.MISSING) == (method not in present)
+        assert row["seeds"] == ("2" if method in present else "0")
+    published = frame["published ratio"]
+    assert published["unbiased"] == "0.619" and published["biased"] == "0.602"
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
+def test_cells_show_the_numbers_of_the_summary(accuracies):
+    records = [
+        make_record(seed=seed, metrics={"test_accuracy": accuracy})
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    row = report.summary(records)["vanilla"]
+    cell = report.table(records, "mnist-node", "cpu")["test acc %"]["vanilla"]
+    mean, *deviation = map(float, cell.split(" ± "))
+    assert mean == pytest.approx(100 * row["test_accuracy"], abs=0.00501)
+    assert len(deviation) == (len(accuracies) > 1)
+    for shown in deviation:
+        assert shown == pytest.approx(100 * row["test_accuracy_std"], abs=0.00501)
+
+
+def test_one_seed_has_no_deviation():
+    frame = report.table([make_record()], "mnist-node", "cpu", methods=["vanilla"])
+    ours = [name for name in frame.columns if not name.startswith("published")]
+    assert not frame[ours].map(lambda cell: "±" in cell).to_numpy().any()
+
+
+def test_other_experiments_and_tiers_stay_out():
+    others = [make_record(experiment="other"), make_record(tier="paper")]
+    frame = report.table(others, "mnist-node", "cpu")
+    assert (frame["test NFE"] == report.MISSING).all()
+
+
+def test_without_a_baseline_there_are_no_ratios():
+    frame = report.table([make_record("biased")], "mnist-node", "cpu")
+    assert frame["NFE ratio"]["biased"] == report.EMPTY
+    assert frame["test NFE"]["biased"] == "49.5"
+
+
+def test_an_unpublished_experiment_still_has_a_table():
+    frame = report.table([make_record(experiment="new")], "new", "cpu")
+    assert (frame["published ratio"] == report.EMPTY).all()
+    assert frame["test NFE"]["vanilla"] == "49.5"
+
+
+@pytest.mark.parametrize("experiment", _published.TABLES)
+def test_published_values_are_numbers_with_a_source(experiment):
+    frame = report.published_table(experiment)
+    assert frame.index[0] == "vanilla"
+    assert set(frame.attrs["sources"]) == set(frame.pop("source"))
+    for cell in frame.to_numpy().ravel():
+        assert cell == report.EMPTY or all(float(x) > 0 for x in cell.split(" ± "))
+
+
+@pytest.mark.parametrize("experiment", _published.TABLES)
+def test_printed_ratios_are_quotients_of_printed_nfe(experiment):
+    rows = _published.TABLES[experiment]
+    nfe = {
+        (row["method"], row["source"]): float(row["test NFE"].split("±")[0])
+        for row in rows
+    }
+    for row in (row for row in rows if row.get("NFE ratio")):
+        method, source = row["method"], row["source"]
+        quotient = nfe[method, source] / nfe["vanilla", source]
+        # Some ratios were rounded and some were cut off.
+        assert float(row["NFE ratio"]) == pytest.approx(quotient, abs=1e-3)
+
+
+def test_an_unknown_experiment_is_an_error():
+    with pytest.raises(ValueError, match="'nothing'.*mnist-node"):
+        report.published_table("nothing")
+
+
+# Provenance
+
+
+def test_the_note_names_everything_that_differs():
+    origins = [
+        {"device": "One", "git_commit": 40 * "1", "started": "2026-01-02T00:00:00"},
+        {"device": "Two", "git_commit": 40 * "2", "started": "2026-03-04T00:00:00"},
+    ]
+    records = [make_record(seed=k, provenance=o) for k, o in enumerate(origins)]
+    note = report.provenance_note(records)
+    for text in ("One", "Two", 10 * "1", 10 * "2", "2026-01-02", "2026-03-04"):
+        assert text in note
+    assert "2 records in `book/results/mnist-node/cpu`; seeds 0, 1;" in note
+    assert "jax 1.0" in note and "\n" not in note and "changed" not in note
+
+
+@pytest.mark.parametrize(
+    "origin, text",
+    [
+        ({"git_commit": None, "git_clean": None}, "commit unknown"),
+        ({"git_clean": False}, "(changed)"),
+    ],
+)
+def test_the_note_admits_doubts(origin, text):
+    assert text in report.provenance_note([make_record(provenance=origin)])
+
+
+def test_no_records_have_a_note_too():
+    assert "No records" in report.provenance_note([])
+
+
+# Figures
+
+
+def lines(axes):
+    return {line.get_label(): line for line in axes.get_lines()}
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 4), st.data())
+def test_curves_are_means_over_seeds(seeds, data):
+    curve = st.lists(st.floats(1, 100), min_size=3, max_size=3)
+    values = [data.draw(curve) for _ in range(seeds)]
+    records = [
+        make_record("biased", seed, curves={"nfe": curve})
+        for seed, curve in enumerate(values)
+    ]
+    (axes,) = report.learning_curves(records, ["nfe"]).axes
+    line = lines(axes)["biased"]
+    np.testing.assert_allclose(line.get_xdata(), [0, 100, 200])
+    np.testing.assert_allclose(line.get_ydata(), np.mean(values, axis=0))
+    assert len(axes.collections) == (seeds > 1)
+    for band in axes.collections:
+        heights = band.get_paths()[0].vertices[:, 1]
+        top = np.max(np.mean(values, axis=0) + np.std(values, axis=0, ddof=1))
+        assert heights.max() == pytest.approx(top)
+
+
+def test_methods_keep_their_colours_in_every_panel():
+    records = make_records(THREE)
+    figure = report.learning_curves(records, ["nfe", "accuracy", "loss"])
+    for axes in figure.axes:
+        assert axes.get_xlabel() and axes.get_ylabel()
+        shown = {name: line.get_color() for name, line in lines(axes).items()}
+        assert shown == {method: report.COLORS[method] for method in report.METHODS}
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(report.METHODS)
+    assert len(set(report.COLORS.values())) == len(report.COLORS)
+
+
+def test_accuracy_is_drawn_in_percent():
+    (axes,) = report.learning_curves([make_record()], ["accuracy"]).axes
+    np.testing.assert_allclose(lines(axes)["vanilla"].get_ydata(), [10, 80, 90])
+    assert "%" in axes.get_ylabel()
+
+
+def test_seeds_are_averaged_where_all_have_a_value():
+    short = {"step": [0, 200], "loss": [1, 1], "penalty": [0, 0], "nfe": [20, 10]}
+    early = make_record(seed=1, curves=short | {"accuracy": [0.5, 0.5]})
+    (axes,) = report.learning_curves([make_record(), early], ["nfe"]).axes
+    np.testing.assert_allclose(lines(axes)["vanilla"].get_xdata(), [0, 200])
+    np.testing.assert_allclose(lines(axes)["vanilla"].get_ydata(), [40, 30])
+
+
+def test_a_penalty_of_zero_is_not_drawn():
+    none = make_record(curves={"penalty": [0, 0, 0]})
+    (axes,) = report.learning_curves([none, make_record("biased")], ["penalty"]).axes
+    assert list(lines(axes)) == ["biased"]
+
+
+def test_pareto_has_a_marker_a_seed():
+    (axes,) = report.pareto(make_records(THREE)).axes
+    assert [group.get_label() for group in axes.collections] == list(report.METHODS)
+    for group in axes.collections:
+        nfe, accuracy = group.get_offsets().T
+        np.testing.assert_allclose(nfe, THREE[group.get_label()])
+        np.testing.assert_allclose(accuracy, 95)
+        color = matplotlib.colors.to_hex(group.get_facecolor()[0])
+        assert color == report.COLORS[group.get_label()].lower()
+
+
+def test_unknown_names_are_errors():
+    with pytest.raises(ValueError, match="'speed'.*nfe, accuracy"):
+        report.learning_curves([make_record()], ["speed"])
+    for figure in (report.learning_curves, report.pareto):
+        with pytest.raises(ValueError, match="'mine'.*COLORS"):
+            figure([make_record("mine")])
+
+
+def test_figures_leave_nothing_open_and_no_setting_changed(tmp_path):
+    before = dict(plt.rcParams)
+    for figure in (report.learning_curves, report.pareto):
+        path = tmp_path / f"{figure.__name__}.png"
+        figure(make_records(THREE)).savefig(path)
+        assert path.stat().st_size > 0
+    assert plt.get_fignums() == []
+    assert dict(plt.rcParams) == before
+
+
+def test_style_is_that_of_the_figures():
+    with plt.rc_context():
+        plt.rcdefaults()
+        report.style()
+        assert not plt.rcParams["axes.spines.top"]
+    panel = report.pareto([make_record()]).axes[0]
+    assert not panel.spines["top"].get_visible()
+
+
+@pytest.mark.parametrize(
+    "package, call",
+    [
+        ("pandas", lambda: report.table([], "mnist-node", "cpu")),
+        ("pandas", lambda: report.published_table("mnist-node")),
+        ("matplotlib", report.style),
+        ("matplotlib.pyplot", lambda: report.pareto([])),
+        ("matplotlib.pyplot", lambda: report.learning_curves([])),
+    ],
+)
+def test_a_missing_package_names_the_extra(monkeypatch, package, call):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"{package}: pip install 'lrnde\[book\]'"):
+        call()
