@@ -95,20 +95,23 @@ def schedule(spec: dict[str, Any], steps: int) -> optax.Schedule:
 class StepBudget:
     """How many solver steps a training step may take.
 
-    The cost of a gradient grows with the number of steps that memory is set aside for,
+    The memory of a gradient grows with the number of steps that it is made ready for,
     so this is kept near what the solves need: doubled when one runs out (that batch is
-    tried again), halved when `patience` training steps in a row used at most a quarter.
-    Every change compiles the training step anew, hence powers of two and patience.
+    tried again), halved when `patience` training steps in a row used at most a quarter,
+    but not below `smallest`. Every change compiles the training step anew.
 
     **Arguments:**
 
     - `steps`: The budget to start with.
     - `limit`: A solve that needs more than this stops the training.
+    - `smallest`: The budget is not halved below this.
     - `patience`: Training steps after which an idle budget is halved.
+    - `idle`: Training steps in a row that used at most a quarter.
     """
 
-    steps: int = 64
+    steps: int = 32
     limit: int = 16384
+    smallest: int = 32
     patience: int = 200
     idle: int = 0
 
@@ -123,8 +126,8 @@ class StepBudget:
     def note(self, used: int) -> None:
         """Takes note of the number of steps that a training step has used."""
         self.idle = self.idle + 1 if 4 * used <= self.steps else 0
-        if self.idle >= self.patience and self.steps > 8:
-            self.steps, self.idle = self.steps // 2, 0
+        if self.idle >= self.patience and self.steps > self.smallest:
+            self.steps, self.idle = max(self.steps // 2, self.smallest), 0
 
 
 @dataclass
