@@ -26,6 +26,7 @@ from .training import (
     Evaluation,
     fit,
     load_checkpoint,
+    make_step,
     schedule,
     State,
     StepBudget,
@@ -355,21 +356,31 @@ def _record(config: Config, dataset, state: State, provenance) -> dict[str, Any]
     )
 
 
-def load_model(
-    config: Config, dataset: data.Dataset, checkpoint: Path
-) -> NeuralODEClassifier:
-    """The model of a run's checkpoint."""
+class Times(NamedTuple):
+    """Median wall times of a trained model, in seconds.
+
+    - `predict_seconds`: One prediction for `eval_batch_size` test examples.
+    - `train_step_seconds`: One training step, as the next one would be.
+    """
+
+    predict_seconds: float
+    train_step_seconds: float
+
+
+def load_state(config: Config, dataset: data.Dataset, checkpoint: Path) -> State:
+    """What a run has come to, from its checkpoint."""
     model = make_model(config, dataset)
     params = eqx.filter(model, eqx.is_inexact_array)
     like = State(model, make_optimizer(config).init(params))
-    identity = records.config_hash(asdict(config))
-    return load_checkpoint(checkpoint, like, identity).model
+    return load_checkpoint(checkpoint, like, records.config_hash(asdict(config)))
 
 
 def measure(
     configs: list[Config], checkpoints: Callable[[Config], Path], repeats: int = 20
-) -> dict[str, float]:
-    """Times the predictions of trained models side by side on a quiet machine.
+) -> dict[str, Times]:
+    """Times trained models side by side, on a machine that does nothing else.
+
+    The models take turns, so that a change in the machine's speed meets all of them.
 
     **Arguments:**
 
@@ -379,12 +390,47 @@ def measure(
 
     **Returns:**
 
-    From `Config.name` to seconds for one batch of `eval_batch_size` test examples.
+    From `Config.name` to its `Times`.
     """
     first = configs[0]
     dataset = load_data(first)
-    models = {c.name: load_model(c, dataset, checkpoints(c)) for c in configs}
+    states = {c.name: load_state(c, dataset, checkpoints(c)) for c in configs}
     with jax.default_matmul_precision(first.precision):
-        return time_predictions(
-            models, dataset.x_test[: first.eval_batch_size], repeats
+        predict = time_predictions(
+            {name: state.model for name, state in states.items()},
+            dataset.x_test[: first.eval_batch_size],
+            repeats,
         )
+        train = _time_train_steps(configs, states, dataset, repeats)
+    return {name: Times(predict[name], train[name]) for name in states}
+
+
+def _time_train_steps(configs, states, dataset, repeats) -> dict[str, float]:
+    # Seeds of one method share a compiled step.
+    steps = {
+        c.method: make_step(
+            classification,
+            make_optimizer(c),
+            schedule(c.weight, c.steps),
+            REGULARIZERS[c.method],
+        )
+        for c in configs
+    }
+    rows = slice(configs[0].batch_size)
+    batch = jnp.asarray(dataset.x_train[rows]), jnp.asarray(dataset.y_train[rows])
+    seconds = {c.name: [] for c in configs}
+    for repeat in range(repeats + 1):
+        for config in configs:
+            state = states[config.name]
+            started = time.perf_counter()
+            out = steps[config.method](
+                state.model,
+                state.opt_state,
+                batch,
+                jr.key(repeat),
+                jnp.asarray(state.step),
+                state.budget.steps,
+            )
+            jax.block_until_ready(out)
+            seconds[config.name].append(time.perf_counter() - started)
+    return {name: median(times[1:]) for name, times in seconds.items()}

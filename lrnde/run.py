@@ -72,14 +72,16 @@ def run(configs: Sequence[Config], deadline: float) -> bool:
 
 
 def measure(configs: Sequence[Config]) -> None:
-    """Times predictions of all runs side by side and puts that into their records."""
-    seconds = experiments.measure(list(configs), checkpoint_of)
-    for config in configs:
+    """Times all finished runs side by side and puts that into their records."""
+    done = [config for config in configs if record_of(config).exists()]
+    times = experiments.measure(done, checkpoint_of)
+    for config in done:
         record = records.load(record_of(config))
         del record["checksum"]
-        record["times"]["predict_seconds"] = seconds[config.name]
+        record["times"].update(times[config.name]._asdict())
         records.save(record, RESULTS)
-        print(f"{config.name}: {1e3 * seconds[config.name]:.2f} ms a batch")
+        predict, step = (1e3 * seconds for seconds in times[config.name])
+        print(f"{config.name}: predict {predict:.2f} ms, training step {step:.2f} ms")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument(
         "--measure",
         action="store_true",
-        help="time the predictions of finished runs side by side",
+        help="time finished runs side by side; run nothing else meanwhile",
     )
     options = parser.parse_args(arguments)
     configs = [

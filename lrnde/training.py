@@ -248,8 +248,23 @@ class _Outcome(NamedTuple):
     finite: Bool[Array, ""]
 
 
-def _make_step(objective, optimizer, weight, regularizer):
-    """The training step, compiled once for each step budget."""
+def make_step(
+    objective: Callable[..., Evaluation],
+    optimizer: optax.GradientTransformation,
+    weight: optax.Schedule,
+    regularizer: AbstractRegularizer | None,
+) -> Callable:
+    """The training step, compiled once for each step budget.
+
+    **Arguments:**
+
+    - `objective`, `optimizer`, `weight`, `regularizer`: As for `fit`.
+
+    **Returns:**
+
+    A function `(model, opt_state, batch, key, step, max_steps) -> (model, opt_state),
+    outcome`. A step that does not work out changes nothing.
+    """
 
     def total_loss(model, batch, key, step, max_steps):
         evaluation = objective(
@@ -358,7 +373,7 @@ def fit(
     state = State(model, optimizer.init(params), budget=budget or StepBudget())
     if checkpoint is not None and checkpoint.exists():
         state = load_checkpoint(checkpoint, state, identity)
-    train_step = _make_step(objective, optimizer, weight, regularizer)
+    train_step = make_step(objective, optimizer, weight, regularizer)
     compiled = set()
 
     def save():
