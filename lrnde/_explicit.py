@@ -15,10 +15,12 @@ import jax.tree_util as jtu
 import numpy as np
 from equinox import AbstractClassVar
 from jax import lax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float64, PyTree
 
 
-def _combine(coefficients: Sequence[float], trees: Sequence[PyTree[Array]]):
+def _combine(
+    coefficients: Float64[np.ndarray, " trees"], trees: Sequence[PyTree[Array]]
+) -> PyTree[Array]:
     """The linear combination of `trees`, leaf by leaf, without the zero terms."""
     kept = [i for i, c in enumerate(coefficients) if c != 0]
 

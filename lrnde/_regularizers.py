@@ -2,7 +2,7 @@
 
 import abc
 import functools as ft
-from typing import get_args, Literal, NamedTuple
+from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, Real
 
-from ._sampling import Sampling, scaled_error
+from ._sampling import SAMPLINGS, scaled_error
 
 
 class TakenStep(NamedTuple):
@@ -39,12 +39,12 @@ class AbstractRegularizer(eqx.Module):
     Subclasses say which step (`sampling`, `step`) and measure it (`measure`).
     """
 
-    sampling: eqx.AbstractVar[Sampling]
-    step: eqx.AbstractVar[Literal["taken", "restarted"]]
+    sampling: eqx.AbstractVar[str]
+    step: eqx.AbstractVar[str]
 
     def __check_init__(self):
         for name, choices in (
-            ("sampling", get_args(Sampling)),
+            ("sampling", SAMPLINGS),
             ("step", ("taken", "restarted")),
         ):
             if getattr(self, name) not in choices:
@@ -96,8 +96,8 @@ class LocalError(AbstractRegularizer):
         + _DOC
     )
 
-    sampling: Sampling = eqx.field(static=True, default="unbiased")
-    step: Literal["taken", "restarted"] = eqx.field(static=True, default="taken")
+    sampling: str = eqx.field(static=True, default="unbiased")
+    step: str = eqx.field(static=True, default="taken")
 
     def check(self, solver):
         if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
@@ -125,8 +125,8 @@ class LocalStiffness(AbstractRegularizer):
         + _DOC
     )
 
-    sampling: Sampling = eqx.field(static=True, default="unbiased")
-    step: Literal["taken", "restarted"] = eqx.field(static=True, default="taken")
+    sampling: str = eqx.field(static=True, default="unbiased")
+    step: str = eqx.field(static=True, default="taken")
 
     def check(self, solver):
         tableau = getattr(solver, "tableau", None)
@@ -178,7 +178,7 @@ def _last_stages(step: TakenStep, tableau: diffrax.ButcherTableau):
 
 
 @ft.cache
-def stability_interval(solver: type[diffrax.AbstractERK]) -> float:
+def stability_interval(solver: type[diffrax.AbstractAdaptiveSolver]) -> float:
     """Length of the interval of absolute stability on the negative real axis.
 
     The first $x > 0$ with $|R(-x)| = 1$, where $R$ is the stability polynomial of the

@@ -1,6 +1,6 @@
 """A step size controller that watches the steps of a solve and keeps one of them."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Real
 
-Sampling = Literal["unbiased", "biased", "error"]
+SAMPLINGS = ("unbiased", "biased", "error")
 
 # A replacement happens about log(number of steps) times in a solve. The number of
 # replacements is a sum of independent coin flips, so even a million steps need more
@@ -129,7 +129,7 @@ class StepSampler(diffrax.AbstractAdaptiveStepSizeController):
     """
 
     controller: diffrax.AbstractAdaptiveStepSizeController
-    sampling: Sampling | None = eqx.field(static=True)
+    sampling: str | None = eqx.field(static=True)
     uniforms: Float[Array, " replacements"] | None
     evaluate_first_stage: Bool[Array, ""]
     wrapped: bool = eqx.field(static=True, default=False)

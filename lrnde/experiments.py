@@ -225,6 +225,11 @@ def evaluate(
     return Scores(loss / len(x), hits / len(x), sum(nfes) / len(nfes))
 
 
+@eqx.filter_jit
+def _predict(model, x):
+    return model(x).logits
+
+
 def time_predictions(
     models: Mapping[str, Callable], x: np.ndarray, repeats: int = 20
 ) -> dict[str, float]:
@@ -242,13 +247,12 @@ def time_predictions(
 
     From the name to the median wall time of one prediction, in seconds.
     """
-    predict = eqx.filter_jit(lambda model, x: model(x).logits)
     x = jnp.asarray(x)
     seconds = {name: [] for name in models}
     for _ in range(repeats + 1):
         for name, model in models.items():
             started = time.perf_counter()
-            predict(model, x).block_until_ready()
+            _predict(model, x).block_until_ready()
             seconds[name].append(time.perf_counter() - started)
     return {name: median(times[1:]) for name, times in seconds.items()}
 

@@ -72,7 +72,7 @@ class TimeLinear(eqx.Module):
 
 
 class TimeMLP(eqx.Module):
-    """A vector field with one hidden layer: $f(t, y) = W_2 \\tanh(W_1 [y, t]) $.
+    """A vector field with one hidden layer: $f(t, y) = W_2 \\tanh(W_1 [y, t])$.
 
     The time is an input of both layers.
     """

@@ -118,7 +118,7 @@ def seal(record: dict) -> dict:
 
     **Returns:**
 
-    A copy of plain JSON values, as [`lrnde.records.load`][] would give it back.
+    A copy of plain JSON values, as `lrnde.records.load` would give it back.
     """
     record = {"schema": SCHEMA, **json.loads(json.dumps(record, default=_plain))}
     record.setdefault("config_hash", _digest(record.get("config")))
@@ -341,7 +341,7 @@ def _read(path: pathlib.Path) -> Any:
 def guard(fields: dict, root: str | os.PathLike) -> None:
     """Refuses if a record of other settings is in the place of this one.
 
-    [`lrnde.records.save`][] asks this; ask it before a long run to learn it early.
+    `lrnde.records.save` asks this; ask it before a long run to learn it early.
 
     **Arguments:**
 

@@ -117,7 +117,7 @@ def _setup(records: Sequence[dict]) -> set[tuple]:
 def summary(
     records: Sequence[dict], baseline: str = "vanilla"
 ) -> dict[str, dict[str, int | float]]:
-    """The numbers behind [`lrnde.report.table`][], unrounded.
+    """The numbers behind `lrnde.report.table`, unrounded.
 
     **Arguments:**
 
@@ -128,10 +128,11 @@ def summary(
 
     A dictionary for each method that has records, vanilla first: `seeds`; the mean
     over seeds of each metric and time under its name (fractions, seconds), and its
-    sample deviation under `<name>_std` (NaN for one seed); `nfe_ratio` and
-    `predict_ratio`, the quotients of the mean test NFE and mean prediction time to
-    the baseline's. These are NaN without records of the baseline, and
-    `predict_ratio` also where device or batch size differ from the baseline's.
+    sample deviation under `<name>_std` (NaN for one seed); `nfe_ratio`,
+    `predict_ratio` and `train_step_ratio`, the quotients of the mean test NFE, mean
+    prediction time and mean time of a training step to the baseline's. These are NaN
+    without records of the baseline, and the last two also where device or batch size
+    differ from the baseline's.
 
     **Raises:**
 
@@ -145,6 +146,8 @@ def summary(
         comparable = _setup(groups[method]) == _setup(groups.get(baseline, []))
         seconds = base["predict_seconds"] if comparable else math.nan
         row["predict_ratio"] = row["predict_seconds"] / seconds
+        step = base["train_step_seconds"] if comparable else math.nan
+        row["train_step_ratio"] = row["train_step_seconds"] / step
     return rows
 
 
@@ -174,9 +177,10 @@ def _line(row: dict[str, int | float], published: dict[str, str]) -> dict[str, s
         "published test NFE": published.get("test NFE") or EMPTY,
         "NFE ratio": _cell(row, "nfe_ratio", 1, 3),
         "published ratio": published.get("NFE ratio") or EMPTY,
-        "training time (s)": _cell(row, "train_seconds", 1, 1),
+        "train step (ms)": _cell(row, "train_step_seconds", 1000, 1),
         "predict time (ms/batch)": _cell(row, "predict_seconds", 1000, 1),
         "predict ratio": _cell(row, "predict_ratio", 1, 3),
+        "train step ratio": _cell(row, "train_step_ratio", 1, 3),
         "seeds": str(row.get("seeds", 0)),
         "source": published.get("source") or EMPTY,
     }

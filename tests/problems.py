@@ -1,0 +1,34 @@
+"""Differential equations that several test files solve."""
+
+import diffrax
+import jax.numpy as jnp
+import jax.random as jr
+
+TOLERANCE = 1e-5
+CONTROLLER = diffrax.PIDController(rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def forced(t, y, a):
+    """A forced, damped, nonlinear field with the matrix `a` as its parameters."""
+    return jnp.tanh(a @ y) * 3 + jnp.cos(8 * t) - y
+
+
+TERM = diffrax.ODETerm(forced)
+Y0 = jnp.array([1.0, -0.5, 0.25])
+
+
+def matrix(seed=0):
+    return jr.normal(jr.key(seed), (3, 3))
+
+
+def problem(solver, t1=2.0, a=None):
+    """The arguments of `diffeqsolve` for `forced`."""
+    a = matrix() if a is None else a
+    return TERM, solver, 0.0, t1, None, Y0, a
+
+
+# An implicit-explicit solver takes its terms in two parts.
+SPLIT = diffrax.MultiTerm(
+    diffrax.ODETerm(lambda t, y, a: jnp.cos(8 * t) * jnp.ones_like(y)),
+    diffrax.ODETerm(lambda t, y, a: jnp.tanh(a @ y) * 3 - y),
+)

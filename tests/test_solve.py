@@ -1,0 +1,322 @@
+"""`lrnde.diffeqsolve` is `diffrax.diffeqsolve`, and counts what it costs."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from problems import CONTROLLER, problem, SPLIT, TERM, Y0
+
+import lrnde
+
+SOLVERS = [
+    lrnde.Tsit5(),
+    lrnde.Dopri8(),
+    diffrax.Tsit5(),
+    diffrax.Bosh3(),
+    diffrax.Heun(),
+    diffrax.HalfSolver(diffrax.Bosh3()),
+    diffrax.HalfSolver(lrnde.Bosh3()),
+    diffrax.HalfSolver(diffrax.Euler()),
+]
+named = pytest.mark.parametrize
+
+
+def solver_id(solver):
+    inner = getattr(solver, "solver", None)
+    module = type(solver).__module__.split(".")[0]
+    suffix = f"-{solver_id(inner)}" if inner is not None else ""
+    return f"{module}.{type(solver).__name__}{suffix}"
+
+
+class Counter:
+    """A vector field that counts its evaluations while the program runs."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, t, y, a):
+        jax.debug.callback(self.add)
+        return TERM.vector_field(t, y, a)
+
+    def add(self):
+        self.count += 1
+
+    def total(self):
+        jax.effects_barrier()
+        return self.count
+
+
+@named("dt0", [None, 1.5], ids=["first-step-chosen", "first-step-rejected"])
+@named("solver", SOLVERS, ids=solver_id)
+def test_nfe_equals_a_counting_vector_field(solver, dt0):
+    counter = Counter()
+    controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+    _, _, t0, t1, _, y0, a = problem(solver)
+    sol, _ = lrnde.diffeqsolve(
+        diffrax.ODETerm(counter),
+        solver,
+        t0,
+        t1,
+        dt0,
+        y0,
+        a,
+        stepsize_controller=controller,
+    )
+    assert sol.stats["nfe"] == counter.total()
+    assert dt0 is None or sol.stats["num_rejected_steps"] > 0
+
+
+@named("solver", [lrnde.Tsit5(), diffrax.Tsit5(), diffrax.Heun()], ids=solver_id)
+def test_nfe_counts_the_stages_after_a_jump(solver):
+    counter = Counter()
+    controller = diffrax.ClipStepSizeController(CONTROLLER, jump_ts=[0.5, 1.2])
+    _, _, t0, t1, _, y0, a = problem(solver)
+    args = (diffrax.ODETerm(counter), solver, t0, t1, 0.1, y0, a)
+    sol, _ = lrnde.diffeqsolve(*args, stepsize_controller=controller)
+    assert sol.stats["nfe"] == counter.total()
+
+
+@named("solver", [lrnde.Tsit5(), diffrax.Tsit5(), diffrax.Euler()], ids=solver_id)
+def test_nfe_of_constant_steps(solver):
+    counter = Counter()
+    _, _, t0, t1, _, y0, a = problem(solver)
+    sol, _ = lrnde.diffeqsolve(diffrax.ODETerm(counter), solver, t0, t1, 0.125, y0, a)
+    assert sol.stats["nfe"] == counter.total()
+
+
+def test_nfe_does_not_include_the_measured_step(getkey):
+    args = problem(lrnde.Tsit5())
+    plain, _ = lrnde.diffeqsolve(*args, stepsize_controller=CONTROLLER)
+    measured, _ = lrnde.diffeqsolve(
+        *args,
+        stepsize_controller=CONTROLLER,
+        regularizer=lrnde.LocalError(),
+        key=getkey(),
+    )
+    assert measured.stats["nfe"] == plain.stats["nfe"]
+
+
+def test_nfe_of_an_implicit_solver_is_not_guessed():
+    args = problem(diffrax.Kvaerno3())
+    sol, _ = lrnde.diffeqsolve(*args, stepsize_controller=CONTROLLER)
+    assert sol.stats["nfe"] is None
+
+
+@named("regularizer", [None, lrnde.LocalError()], ids=["plain", "regularized"])
+@named("solver", [lrnde.Tsit5(), diffrax.Tsit5(), diffrax.Kvaerno3()], ids=solver_id)
+def test_the_solve_is_that_of_diffrax(solver, regularizer, getkey):
+    ts = jnp.linspace(0.0, 2.0, 7)
+    subs = [diffrax.SubSaveAt(ts=ts), diffrax.SubSaveAt(steps=True)]
+    kwargs = dict(
+        saveat=diffrax.SaveAt(subs=subs, dense=True),
+        stepsize_controller=CONTROLLER,
+        max_steps=256,
+    )
+    args = problem(solver)
+    expected = diffrax.diffeqsolve(*args, **kwargs)
+    sol, _ = lrnde.diffeqsolve(*args, regularizer=regularizer, key=getkey(), **kwargs)
+    # To rounding, not to the bit: a different program may fuse its operations
+    # differently.
+    for a, b in zip(jax.tree.leaves(sol.ys), jax.tree.leaves(expected.ys), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sol.ts[1], expected.ts[1], rtol=1e-4)
+    for name, value in expected.stats.items():
+        assert sol.stats[name] == value
+    middle = sol.evaluate(0.77), expected.evaluate(0.77)
+    np.testing.assert_allclose(*middle, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_regularizer_the_penalty_is_zero():
+    _, penalty = lrnde.diffeqsolve(
+        *problem(lrnde.Tsit5()), stepsize_controller=CONTROLLER
+    )
+    assert penalty == 0
+
+
+def test_resuming_equals_going_on(getkey):
+    """`solver_state` and `controller_state` of one solve start the next."""
+    kwargs = dict(stepsize_controller=CONTROLLER, key=getkey())
+    kwargs["regularizer"] = lrnde.LocalError()
+    save = diffrax.SaveAt(t1=True, solver_state=True, controller_state=True)
+    solver, a = lrnde.Tsit5(), problem(None)[-1]
+    half, _ = lrnde.diffeqsolve(
+        TERM, solver, 0.0, 1.0, 0.1, Y0, a, saveat=save, **kwargs
+    )
+    reference = diffrax.diffeqsolve(
+        TERM, solver, 0.0, 1.0, 0.1, Y0, a, saveat=save, stepsize_controller=CONTROLLER
+    )
+    state = jax.tree.structure(half.controller_state)
+    assert state == jax.tree.structure(reference.controller_state)
+    rest, penalty = lrnde.diffeqsolve(
+        TERM,
+        solver,
+        1.0,
+        2.0,
+        0.1,
+        half.ys[-1],
+        a,
+        solver_state=half.solver_state,
+        controller_state=half.controller_state,
+        **kwargs,
+    )
+    whole = diffrax.diffeqsolve(
+        TERM, solver, 0.0, 2.0, 0.1, Y0, a, stepsize_controller=CONTROLLER
+    )
+    np.testing.assert_allclose(rest.ys, whole.ys, rtol=1e-3)
+    assert penalty > 0
+    # Nothing is evaluated twice: all stages but the first, which the first half left.
+    assert rest.stats["nfe"] == 6 * rest.stats["num_steps"]
+
+
+def test_backwards_in_time(float64, getkey):
+    """Integrating from 2 to 0 takes the steps of the mirrored problem."""
+    mirrored = diffrax.ODETerm(lambda s, y, a: -TERM.vector_field(2.0 - s, y, a))
+    a, key = problem(None)[-1], getkey()
+    kwargs = dict(stepsize_controller=CONTROLLER, regularizer=lrnde.LocalError())
+    backward, penalty = lrnde.diffeqsolve(
+        TERM, lrnde.Tsit5(), 2.0, 0.0, None, Y0, a, key=key, **kwargs
+    )
+    forward, expected = lrnde.diffeqsolve(
+        mirrored, lrnde.Tsit5(), 0.0, 2.0, None, Y0, a, key=key, **kwargs
+    )
+    np.testing.assert_allclose(backward.ys, forward.ys, rtol=1e-10)
+    np.testing.assert_allclose(penalty, expected, rtol=1e-6)
+    assert backward.stats["nfe"] == forward.stats["nfe"]
+
+
+def test_vmap_over_states_and_keys(float64, getkey):
+    """A vmapped solve is many solves: each with its own steps, sample and penalty."""
+    y0s = Y0 * jnp.array([[0.5], [1.0], [3.0]])
+    keys = jr.split(getkey(), 3)
+    a = problem(None)[-1]
+
+    @jax.jit
+    def solve(y0, key):
+        sol, penalty = lrnde.diffeqsolve(
+            TERM,
+            lrnde.Tsit5(),
+            0.0,
+            2.0,
+            None,
+            y0,
+            a,
+            regularizer=lrnde.LocalError("biased"),
+            key=key,
+            stepsize_controller=CONTROLLER,
+        )
+        return sol.ys, penalty, sol.stats["num_steps"]
+
+    batched = jax.vmap(solve)(y0s, keys)
+    for i in range(3):
+        alone = solve(y0s[i], keys[i])
+        for x, y in zip(batched, alone, strict=True):
+            np.testing.assert_allclose(x[i], y, rtol=1e-6)
+
+
+def test_a_failed_solve_is_reported_as_by_diffrax(getkey):
+    kwargs = dict(stepsize_controller=CONTROLLER, max_steps=4, key=getkey())
+    args = problem(lrnde.Tsit5())
+    with pytest.raises(eqx.EquinoxRuntimeError, match="maximum number of solver steps"):
+        lrnde.diffeqsolve(*args, regularizer=lrnde.LocalError(), **kwargs)
+    sol, penalty = lrnde.diffeqsolve(
+        *args, regularizer=lrnde.LocalError(), throw=False, **kwargs
+    )
+    assert sol.result == diffrax.RESULTS.max_steps_reached
+    assert jnp.isfinite(penalty)
+
+
+def test_an_event_ends_the_solve_and_the_sample_is_from_before_it(getkey):
+    event = diffrax.Event(lambda t, y, args, **kwargs: t > 0.8)
+    sol, penalty = lrnde.diffeqsolve(
+        *problem(lrnde.Tsit5()),
+        stepsize_controller=CONTROLLER,
+        event=event,
+        regularizer=lrnde.LocalError(),
+        key=getkey(),
+    )
+    assert sol.result == diffrax.RESULTS.event_occurred
+    assert sol.ts[-1] < 2.0 and penalty > 0
+
+
+def test_an_empty_interval_has_no_error(getkey):
+    sol, penalty = lrnde.diffeqsolve(
+        TERM,
+        lrnde.Tsit5(),
+        1.0,
+        1.0,
+        None,
+        Y0,
+        problem(None)[-1],
+        stepsize_controller=CONTROLLER,
+        regularizer=lrnde.LocalError(),
+        key=getkey(),
+    )
+    assert penalty == 0 and sol.stats["num_steps"] == 0
+
+
+@named(
+    ("change", "error", "says"),
+    [
+        (dict(key=None), ValueError, "key=jax.random.key"),
+        (
+            dict(stepsize_controller=diffrax.ConstantStepSize()),
+            ValueError,
+            "PIDController",
+        ),
+        (dict(regularizer="biased"), TypeError, "regularizer"),
+        (dict(solver=diffrax.Euler()), TypeError, "embedded error"),
+        (
+            dict(solver=diffrax.Kvaerno3(), regularizer=lrnde.LocalStiffness()),
+            TypeError,
+            "explicit Runge-Kutta",
+        ),
+    ],
+)
+def test_misuse_says_what_to_change(change, error, says, getkey):
+    arguments = dict(
+        solver=lrnde.Tsit5(),
+        regularizer=lrnde.LocalError(),
+        key=getkey(),
+        stepsize_controller=CONTROLLER,
+    )
+    arguments |= change
+    solver = arguments.pop("solver")
+    with pytest.raises(error, match=says):
+        lrnde.diffeqsolve(
+            TERM, solver, 0.0, 1.0, 0.1, Y0, problem(None)[-1], **arguments
+        )
+
+
+def test_a_solver_without_error_estimate_cannot_adapt():
+    with pytest.raises(ValueError, match="no embedded error estimate"):
+        lrnde.diffeqsolve(*problem(diffrax.Euler()), stepsize_controller=CONTROLLER)
+
+
+@named("name", ["sampling", "step"])
+@named("regularizer", [lrnde.LocalError, lrnde.LocalStiffness])
+def test_unknown_names_are_refused(regularizer, name):
+    with pytest.raises(ValueError, match="'unbiassed' is not known; choose one of"):
+        regularizer(**{name: "unbiassed"})
+
+
+def test_implicit_explicit_terms(getkey):
+    sol, penalty = lrnde.diffeqsolve(
+        SPLIT,
+        diffrax.KenCarp4(),
+        0.0,
+        2.0,
+        None,
+        Y0,
+        problem(None)[-1],
+        stepsize_controller=CONTROLLER,
+        regularizer=lrnde.LocalError(),
+        key=getkey(),
+    )
+    expected, _ = lrnde.diffeqsolve(
+        *problem(diffrax.Kvaerno3()), stepsize_controller=CONTROLLER
+    )
+    np.testing.assert_allclose(sol.ys, expected.ys, rtol=1e-2)
+    assert 0 < penalty < 2

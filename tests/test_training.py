@@ -1,0 +1,319 @@
+"""Training: schedules, the step budget, checkpoints, and runs that are killed."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lrnde
+from lrnde import experiments, training
+from lrnde.experiments import classification, Config
+from lrnde.models import NeuralODEClassifier
+from lrnde.training import fit, History, schedule, State, StepBudget, TrainingError
+
+
+def make_model(tolerance=1e-3):
+    return NeuralODEClassifier(
+        6, 8, 3, solver=lrnde.Bosh3(), tolerance=tolerance, key=jr.key(0)
+    )
+
+
+def batches(step):
+    """A batch of 16 points; the class is the largest of three coordinates."""
+    x = jr.normal(jr.fold_in(jr.key(5), step), (16, 6))
+    return x, jnp.argmax(x[:, :3], axis=1)
+
+
+def train(steps=20, **kwargs):
+    kwargs = dict(optimizer=optax.adam(1e-2), key=jr.key(1), progress=False) | kwargs
+    return fit(kwargs.pop("model", None) or make_model(), classification, batches,
+               steps=steps, **kwargs)
+
+
+def assert_same_state(a: State, b: State):
+    assert eqx.tree_equal((a.model, a.opt_state), (b.model, b.opt_state))
+    assert (a.step, a.history) == (b.step, b.history)
+
+
+finite = st.floats(1e-6, 1e3)
+
+
+@given(start=finite, end=finite, steps=st.integers(2, 1000))
+def test_schedules_start_and_end_where_they_should(start, end, steps):
+    for kind in ("exponential", "cosine"):
+        value = schedule({"kind": kind, "start": start, "end": end}, steps)
+        np.testing.assert_allclose(value(0), start, rtol=1e-5)
+        np.testing.assert_allclose(value(steps), end, rtol=1e-4)
+    constant = schedule({"kind": "constant", "value": start}, steps)
+    assert constant(0) == constant(steps) == start
+    inverse = schedule({"kind": "inverse", "start": start, "rate": end}, steps)
+    np.testing.assert_allclose(inverse(steps), start / (1 + end * steps), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ({"kind": "linear", "start": 1, "end": 0}, "must be one of constant"),
+        ({"value": 1}, "must be one of constant"),
+        ({"kind": "constant"}, "constant takes value"),
+        ({"kind": "cosine", "start": 1.0, "end": 0.1, "steps": 3}, "takes end, start"),
+    ],
+)
+def test_a_wrong_schedule_is_explained(spec, says):
+    with pytest.raises(ValueError, match=says):
+        schedule(spec, 10)
+
+
+@given(used=st.lists(st.integers(1, 300), max_size=60))
+def test_the_budget_always_suffices_and_shrinks_only_when_idle(used):
+    budget = StepBudget(steps=32, patience=5)
+    for steps in used:
+        while steps > budget.steps:
+            assert budget.grow()
+        before = budget.steps
+        budget.note(steps)
+        assert 32 <= budget.steps <= before
+        assert budget.steps == before or 4 * steps <= before
+
+
+def test_a_solve_that_runs_out_of_steps_is_tried_again_and_changes_nothing():
+    tight = train(budget=StepBudget(steps=1, smallest=1))
+    roomy = train(budget=StepBudget(steps=64))
+    assert tight.budget.steps > 1
+    assert tight.step == roomy.step == 20
+    for a, b in zip(
+        jax.tree.leaves(eqx.filter(tight.model, eqx.is_array)),
+        jax.tree.leaves(eqx.filter(roomy.model, eqx.is_array)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_solve_beyond_the_limit_stops_with_the_state_kept(tmp_path):
+    path = tmp_path / "run.ckpt"
+    budget = StepBudget(steps=2, limit=4)
+    with pytest.raises(TrainingError, match=r"step 0: .*more than 4 steps.*run\.ckpt"):
+        train(model=make_model(1e-7), budget=budget, checkpoint=path)
+    assert path.exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path):
+    path = tmp_path / "run.ckpt"
+
+    def poisoned(step):
+        x, y = batches(step)
+        return (x, y) if step < 7 else (x * jnp.nan, y)
+
+    def objective(model, batch, **kwargs):
+        # The solve of the poisoned batch would only run out of steps.
+        x, y = batch
+        evaluation = classification(model, (jnp.nan_to_num(x), y), **kwargs)
+        return evaluation._replace(loss=evaluation.loss + jnp.sum(0 * x))
+
+    kwargs = dict(optimizer=optax.adam(1e-2), key=jr.key(1), progress=False)
+    with pytest.raises(TrainingError, match="step 7: .*not finite"):
+        fit(make_model(), objective, poisoned, steps=20, checkpoint=path, **kwargs)
+    good = fit(make_model(), objective, batches, steps=7, **kwargs)
+    assert_same_state(training.load_checkpoint(path, good, ""), good)
+
+
+def test_one_compilation_once_the_budget_has_settled():
+    traces = 0
+
+    def counting(model, batch, **kwargs):
+        nonlocal traces
+        traces += 1
+        return classification(model, batch, **kwargs)
+
+    kwargs = dict(optimizer=optax.adam(1e-2), key=jr.key(1), progress=False)
+    fit(
+        make_model(),
+        counting,
+        batches,
+        steps=30,
+        regularizer=lrnde.LocalError("biased"),
+        weight=schedule({"kind": "exponential", "start": 1.0, "end": 0.1}, 30),
+        **kwargs,
+    )
+    assert traces == 1
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path):
+    path = tmp_path / "run.ckpt"
+    whole = train(30, regularizer=lrnde.LocalError())
+    train(13, regularizer=lrnde.LocalError(), checkpoint=path)
+    resumed = train(30, regularizer=lrnde.LocalError(), checkpoint=path)
+    assert_same_state(resumed, whole)
+
+
+def test_a_deadline_stops_cleanly(tmp_path):
+    path = tmp_path / "run.ckpt"
+    stopped = train(10**6, checkpoint=path, deadline=time.monotonic() + 3)
+    assert 0 < stopped.step < 10**6
+    assert_same_state(training.load_checkpoint(path, stopped, ""), stopped)
+
+
+def test_ctrl_c_returns_what_there_is():
+    def interrupting(step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batches(step)
+
+    state = fit(
+        make_model(),
+        classification,
+        interrupting,
+        steps=100,
+        optimizer=optax.adam(1e-2),
+        key=jr.key(1),
+        progress=False,
+    )
+    assert state.step == 6
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@given(
+    curves=st.lists(st.floats(allow_nan=False), max_size=5),
+    step=st.integers(0, 10**6),
+)
+def test_checkpoints_round_trip(tmp_path_factory, curves, step):
+    path = tmp_path_factory.mktemp("checkpoints") / "a.ckpt"
+    model = make_model()
+    state = State(model, None, step, StepBudget(), History(curves={"loss": curves}))
+    training.save_checkpoint(path, state, "me")
+    assert_same_state(training.load_checkpoint(path, State(model, None), "me"), state)
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
+    path, like = tmp_path / "run.ckpt", State(make_model(), None)
+    training.save_checkpoint(path, like, "me")
+    whole = path.read_bytes()
+    with pytest.raises(TrainingError, match=r"other settings.*run\.ckpt"):
+        training.load_checkpoint(path, like, "you")
+    for content in (b"", b"GIF89a", whole[: len(whole) // 2], whole[:-1], whole[:40]):
+        path.write_bytes(content)
+        with pytest.raises(TrainingError, match=r"run\.ckpt"):
+            training.load_checkpoint(path, like, "me")
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path, like = tmp_path / "run.ckpt", State(make_model(), None)
+    training.save_checkpoint(path, like, "me")
+    before = path.read_bytes()
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        training.save_checkpoint(path, State(make_model(), None, 9), "me")
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_evaluation_does_not_depend_on_the_padding():
+    """Every example counts once, whatever the batch size."""
+    model = make_model(1e-6)
+    x, y = (np.asarray(z) for z in batches(0))
+    whole = experiments.evaluate(model, x, y, 16)
+    parts = experiments.evaluate(model, x, y, 5)
+    logits = model(jnp.asarray(x)).logits
+    np.testing.assert_allclose(parts.loss, whole.loss, rtol=1e-4)
+    assert parts.accuracy == whole.accuracy == np.mean(logits.argmax(1) == y)
+
+
+def test_the_model_is_its_equations(float64):
+    """Against the same mathematics with the time appended to every layer's input."""
+    model = make_model(1e-8)
+    first, second = model.vector_field.first, model.vector_field.second
+
+    def dense(layer, t, x):
+        weight = jnp.concatenate([layer.weight, layer.time[None]])
+        t = jnp.full((*x.shape[:-1], 1), t)
+        return jnp.concatenate([x, t], axis=-1) @ weight + layer.bias
+
+    term = diffrax.ODETerm(
+        lambda t, x, args: dense(second, t, jnp.tanh(dense(first, t, x)))
+    )
+    x, _ = batches(0)
+    sol = diffrax.diffeqsolve(
+        term,
+        diffrax.Tsit5(),
+        0.0,
+        1.0,
+        None,
+        x,
+        stepsize_controller=diffrax.PIDController(rtol=1e-8, atol=1e-8),
+    )
+    expected = sol.ys[0] @ model.readout.weight + model.readout.bias
+    np.testing.assert_allclose(model(x).logits, expected, atol=1e-6)
+
+
+def test_permuting_the_batch_permutes_the_prediction():
+    model, (x, _) = make_model(1e-5), batches(0)
+    order = jr.permutation(jr.key(3), len(x))
+    np.testing.assert_allclose(
+        model(x[order]).logits, model(x).logits[order], atol=1e-5
+    )
+
+
+RUN = """
+import json, sys
+from pathlib import Path
+from lrnde import experiments
+config = experiments.Config(**json.loads(sys.argv[1]))
+run = experiments.run(config, checkpoint=Path(sys.argv[2]), progress=False)
+record = {k: run.record[k] for k in ("config", "metrics", "curves", "config_hash")}
+record["step"] = run.record["curves"]["step"]
+Path(sys.argv[3]).write_text(json.dumps(record, sort_keys=True))
+"""
+
+
+def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
+    """SIGKILL in the middle of training, then again: same parameters, same record."""
+    config = dict(method="unbiased", steps=400, hidden=8, batch_size=16)
+    config |= dict(tolerance=1e-3, solver="bosh3", eval_batch_size=360)
+
+    def start(name):
+        command = [sys.executable, "-c", RUN, json.dumps(config)]
+        command += [str(tmp_path / f"{name}.ckpt"), str(tmp_path / f"{name}.json")]
+        return subprocess.Popen(command, cwd=Path(__file__).parents[1])
+
+    assert start("whole").wait() == 0
+    checkpoint = tmp_path / "killed.ckpt"
+    for seen in (100, 200):
+        process = start("killed")
+        while not checkpoint.exists() or step_of(checkpoint) < seen:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    assert step_of(checkpoint) < 400
+    assert start("killed").wait() == 0
+    whole, killed = (tmp_path / f"{name}.json" for name in ("whole", "killed"))
+    assert whole.read_text() == killed.read_text()
+    states = [
+        experiments.load_state(Config(**config), experiments.data.digits(), path)
+        for path in (tmp_path / "whole.ckpt", checkpoint)
+    ]
+    assert_same_state(*states)
+    assert math.isfinite(states[0].history.curves["loss"][-1])
+
+
+def step_of(checkpoint):
+    return json.loads(checkpoint.read_bytes().split(b"\n")[1])["step"]
