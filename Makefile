@@ -16,7 +16,7 @@ book: $(STAMP) ## Run the chapters and build the book: _build/html/index.html
 	.venv/bin/python book/build.py
 
 test: $(STAMP) ## Run the tests, every chapter at its smoke setting included
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(STAMP) ## Check style and formatting, notebooks included
 	.venv/bin/ruff check .

@@ -142,7 +142,7 @@ class History:
     """
 
     every: int = 10
-    curves: dict[str, list[float]] = field(
+    curves: dict[str, list[int | float]] = field(
         default_factory=lambda: {name: [] for name in ("step", *_CURVES)}
     )
     pending: list[list[float]] = field(default_factory=list)
@@ -280,7 +280,7 @@ def make_step(
         key = jr.fold_in(key, step)
         gradient_of = eqx.filter_value_and_grad(total_loss, has_aux=True)
         (loss, evaluation), gradient = gradient_of(model, batch, key, step, max_steps)
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(gradient))
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
         params = eqx.filter(model, eqx.is_inexact_array)
         updates, new_opt_state = optimizer.update(gradient, opt_state, params)
         new_model = eqx.apply_updates(model, updates)
