@@ -78,7 +78,9 @@ _DOC = """
     - `step`: `"taken"` measures the very step that the solver took. `"restarted"`
         starts a new one, as Pal et al. (2023) do: from the drawn time (under
         `"unbiased"` a uniform time inside the step, the state there interpolated), with
-        a step size from the controller's own choice of a first step.
+        a step size from the controller's own choice of a first step. Such steps are
+        often much shorter, with errors smaller by orders of magnitude: the two forms
+        want different weights.
 
     **Raises:**
 

@@ -57,7 +57,8 @@ def scaled_error(
 
     $E = \\| e / (\\mathrm{atol} + \\mathrm{rtol} \\max(|y_0|, |y_1|)) \\|$, with the
     tolerances and the norm (by default the root mean square over every entry of the
-    state) of the step size controller. A step is accepted when $E < 1$.
+    state) of the step size controller. A step is accepted when $E < 1$. The chapter
+    "Adaptive solvers and their error estimates" derives it.
 
     **Arguments:**
 

@@ -220,7 +220,8 @@ def _penalty(regularizer, problem, state: ControllerState, t0, t1, key):
     step = jtu.tree_map(lambda x: x[0], state.reservoir.slots)
     step = lax.stop_gradient(step)
     if regularizer.step == "restarted":
-        t_end = jnp.maximum(t0, t1) if t0 is t1 else jnp.where(t0 < t1, t1, -t1)
+        # As in the solve, time increases: it is negated if t1 lies before t0.
+        t_end = jnp.where(t0 < t1, t1, -t1)
         step = _restart(problem, step, t_end, regularizer.sampling, key)
     taken = _take(problem, step)
     return jnp.abs(t1 - t0) * regularizer.measure(taken)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Real
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ._files import write_atomically
 from ._regularizers import AbstractRegularizer

@@ -1,12 +1,17 @@
 import itertools
 import os
 
+import hypothesis
 import jax
 import jax.random as jr
 import pytest
 from jaxtyping import install_import_hook
 
 os.environ["MPLBACKEND"] = "Agg"  # no test opens a window
+
+# The first example of a test often compiles something, which takes its time.
+hypothesis.settings.register_profile("lrnde", deadline=None)
+hypothesis.settings.load_profile("lrnde")
 
 # Every annotation in the package is checked at run time, shapes included.
 install_import_hook("lrnde", "beartype.beartype")

@@ -98,7 +98,7 @@ dtypes = st.sampled_from(["float32", "float64", "complex64", "complex128"])
 
 @pytest.mark.filterwarnings("ignore:Complex dtype support in Diffrax")
 @given(tree=trees, dtype=dtypes, seed=st.integers(0, 100))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_any_tree_of_any_dtype(tree, dtype, seed):
     """One step from a random state agrees with diffrax's, dtypes included."""
     with jax.enable_x64(True):

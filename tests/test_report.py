@@ -30,7 +30,6 @@ THREE = {"vanilla": [48, 50, 49], "unbiased": [31, 30, 32], "biased": [30, 30, 3
 # Numbers
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(report.METHODS), samples, min_size=1))
 def test_summary_agrees_with_numpy(nfe):
     rows = report.summary(make_records(nfe))
@@ -48,7 +47,6 @@ def test_summary_agrees_with_numpy(nfe):
             assert math.isnan(row["test_nfe_std"])
 
 
-@settings(deadline=None)
 @given(st.permutations(make_records(THREE)), st.sampled_from(report.METHODS))
 def test_summary_does_not_depend_on_the_order(records, baseline):
     rows = report.summary(records, baseline)
@@ -84,7 +82,6 @@ def test_experiments_are_not_mixed():
 # Tables
 
 
-@settings(deadline=None)
 @given(st.sets(st.sampled_from([*report.METHODS, "error", "mine"])), st.randoms())
 def test_missing_methods_are_visible(present, random):
     records = make_records({method: [40, 42] for method in present})
@@ -100,7 +97,6 @@ def test_missing_methods_are_visible(present, random):
     assert published["unbiased"] == "0.619" and published["biased"] == "0.602"
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
 def test_cells_show_the_numbers_of_the_summary(accuracies):
     records = [
@@ -206,7 +202,7 @@ def lines(axes):
     return {line.get_label(): line for line in axes.get_lines()}
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 4), st.data())
 def test_curves_are_means_over_seeds(seeds, data):
     curve = st.lists(st.floats(1, 100), min_size=3, max_size=3)

@@ -17,7 +17,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import lrnde
@@ -58,7 +58,6 @@ def assert_same_state(a: State, b: State):
 values = st.floats(1e-3, 1.0)
 
 
-@settings(deadline=None)
 @given(start=values, end=values, steps=st.integers(2, 1000))
 def test_schedules_start_and_end_where_they_should(start, end, steps):
     for kind in ("exponential", "cosine"):
@@ -85,7 +84,6 @@ def test_a_wrong_schedule_is_explained(spec, says):
         schedule(spec, 10)
 
 
-@settings(deadline=None)
 @given(used=st.lists(st.integers(1, 300), max_size=60))
 def test_the_budget_always_suffices_and_shrinks_only_when_idle(used):
     budget = StepBudget(steps=32, patience=5)
@@ -194,7 +192,6 @@ def test_ctrl_c_returns_what_there_is():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@settings(deadline=None)
 @given(
     curves=st.lists(st.floats(allow_nan=False), max_size=5),
     step=st.integers(0, 10**6),
