@@ -3,7 +3,6 @@ import importlib.util
 import json
 import math
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -342,7 +341,7 @@ def test_provenance_belongs_in_a_record():
 
 def load_copy(folder):
     """The module, from a copy of the package's folder as far as it needs it."""
-    source = pathlib.Path(records.__file__)
+    source = Path(records.__file__)
     for path in (source, source.with_name("_files.py")):
         shutil.copy(path, folder)
     spec = importlib.util.spec_from_file_location(
