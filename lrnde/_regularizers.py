@@ -65,7 +65,8 @@ class AbstractRegularizer(eqx.Module):
 _DOC = """
 
     The penalty is $T$ times the measure of one step, where $T = |t_1 - t_0|$ is the
-    length of the whole solve. The step is drawn during the solve:
+    length of the whole solve (up to the event, if one ended it). The step is drawn
+    during the solve:
 
     - `"unbiased"`: with probability proportional to its length, which is to say the
         step that contains a uniformly distributed time;
@@ -75,7 +76,9 @@ _DOC = """
     **Arguments:**
 
     - `sampling`: How to draw the step.
-    - `step`: `"taken"` measures the very step that the solver took. `"restarted"`
+    - `step`: `"taken"` measures the very step that the solver took. (Only
+        `diffrax.ReversibleHeun`, which carries a second state from step to step, starts
+        that one afresh.) `"restarted"`
         starts a new one, as Pal et al. (2023) do: from the drawn time (under
         `"unbiased"` a uniform time inside the step, the state there interpolated), with
         a step size from the controller's own choice of a first step. Such steps are

@@ -29,12 +29,15 @@ class Step(NamedTuple):
 class Reservoir(NamedTuple):
     """A weighted reservoir of size one, in constant memory.
 
+    `length` is the length of all steps so far, `total` their weight.
+
     `slots` holds two `Step`s along a leading axis: row 0 is the sample, row 1 takes
     the writes of the steps that are not chosen. (Writing always, to one place or the
     other, keeps the update in place; selecting between old and new would copy.)
     """
 
     slots: Step
+    length: Float[Array, ""]
     total: Float[Array, ""]
     threshold: Float[Array, ""]
     replacements: Int[Array, ""]
@@ -84,6 +87,7 @@ def _init_reservoir(t0, y0) -> Reservoir:
     dtype = jnp.result_type(t0)
     return Reservoir(
         slots=jtu.tree_map(lambda x: jnp.stack([x, x]), empty),
+        length=jnp.zeros((), dtype),
         total=jnp.zeros((), dtype),
         threshold=jnp.zeros((), dtype),
         replacements=jnp.zeros((), jnp.int32),
@@ -106,6 +110,7 @@ def _offer(reservoir: Reservoir, step: Step, weight, keep_step, uniforms) -> Res
         slots=jtu.tree_map(
             lambda x, xs: xs.at[slot].set(lax.stop_gradient(x)), step, reservoir.slots
         ),
+        length=reservoir.length + jnp.where(keep_step, step.t1 - step.t0, 0),
         total=total,
         threshold=jnp.where(replace, total / draw, reservoir.threshold),
         replacements=reservoir.replacements + replace,
@@ -209,6 +214,18 @@ class StepSampler(diffrax.AbstractAdaptiveStepSizeController):
 def draw_uniforms(key: PRNGKeyArray, dtype) -> Float[Array, " replacements"]:
     """The random numbers that `StepSampler` needs for one solve."""
     return jr.uniform(key, (_MAX_REPLACEMENTS,), dtype)
+
+
+class SteadyStateAdjoint(diffrax.ImplicitAdjoint):
+    """`diffrax.ImplicitAdjoint` that does not mind the sampler's state being saved.
+
+    It insists on `SaveAt(t1=True)` alone, though any state that is not part of the
+    solution has no derivative anyway.
+    """
+
+    def loop(self, *, saveat, **kwargs):
+        saveat = eqx.tree_at(lambda s: s.controller_state, saveat, False)
+        return super().loop(saveat=saveat, **kwargs)
 
 
 class CheckpointAdjoint(diffrax.RecursiveCheckpointAdjoint):

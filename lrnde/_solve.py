@@ -19,6 +19,7 @@ from ._sampling import (
     CheckpointAdjoint,
     ControllerState,
     draw_uniforms,
+    SteadyStateAdjoint,
     Step,
     StepSampler,
 )
@@ -71,8 +72,9 @@ def diffeqsolve(
 
     **Raises:**
 
-    - `ValueError`: if a regularizer is given with no `key`, with a step size controller
-        that does not adapt, or with a solver that estimates no error.
+    - `ValueError`: if a regularizer is given with no `key` or with a step size
+        controller that does not adapt; if the controller adapts and the solver
+        estimates no error.
     - `TypeError`: if `regularizer` is not a regularizer, or does not work with this
         kind of solver.
     - Whatever `diffrax.diffeqsolve` raises.
@@ -88,10 +90,9 @@ def diffeqsolve(
         sampler = _make_sampler(stepsize_controller, regularizer, key, first, t0.dtype)
         if controller_state is not None:
             controller_state = sampler.init_state(controller_state, t0, y0)
-        if regularizer is not None:
-            adjoint = _leave_sample_out_of_checkpoints(adjoint)
     else:
         sampler = stepsize_controller
+    adjoint = _aware_of_the_sampler(adjoint, regularizer)
     sol = diffrax.diffeqsolve(
         terms,
         solver,
@@ -176,9 +177,12 @@ def _make_sampler(controller, regularizer, key, evaluate_first_stage, dtype):
     return StepSampler(controller, regularizer.sampling, uniforms, evaluate_first_stage)
 
 
-def _leave_sample_out_of_checkpoints(adjoint):
-    if type(adjoint) is diffrax.RecursiveCheckpointAdjoint:
+def _aware_of_the_sampler(adjoint, regularizer):
+    sampled = regularizer is not None
+    if sampled and type(adjoint) is diffrax.RecursiveCheckpointAdjoint:
         return CheckpointAdjoint(adjoint.checkpoints)
+    if type(adjoint) is diffrax.ImplicitAdjoint:
+        return SteadyStateAdjoint(adjoint.linear_solver, adjoint.tags)
     return adjoint
 
 
@@ -224,7 +228,8 @@ def _penalty(regularizer, problem, state: ControllerState, t0, t1, key):
         t_end = jnp.where(t0 < t1, t1, -t1)
         step = _restart(problem, step, t_end, regularizer.sampling, key)
     taken = _take(problem, step)
-    return jnp.abs(t1 - t0) * regularizer.measure(taken)
+    # Not |t1 - t0|: an event may have ended the solve before t1.
+    return lax.stop_gradient(state.reservoir.length) * regularizer.measure(taken)
 
 
 def _take(problem, step: Step) -> TakenStep:

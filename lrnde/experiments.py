@@ -51,6 +51,10 @@ SOLVERS = {
 OPTIMIZERS = {"adam": optax.adam, "adamax": optax.adamax, "adabelief": optax.adabelief}
 
 
+# What training may use, evaluation may use: it sets no memory aside for its steps.
+_MAX_STEPS = StepBudget().limit
+
+
 def _constant(value: float):
     return field(default_factory=lambda: {"kind": "constant", "value": value})
 
@@ -111,7 +115,13 @@ class Config:
                     f"{name}={getattr(self, name)!r} is not known; choose one of "
                     f"{', '.join(choices)}."
                 )
-        for name in ("batch_size", "steps", "hidden", "eval_batch_size"):
+        for name in (
+            "batch_size",
+            "steps",
+            "hidden",
+            "eval_batch_size",
+            "eval_train_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1.")
 
@@ -132,8 +142,15 @@ def configs(settings: Mapping[str, Any]) -> list[Config]:
     **Returns:**
 
     A list, seeds first: all methods of the first seed, then those of the second.
+
+    **Raises:**
+
+    - `ValueError` without methods or seeds, and as `Config`.
     """
     settings = dict(settings)
+    for name in ("methods", "seeds"):
+        if name not in settings:
+            raise ValueError(f"no {name} in these settings: {', '.join(settings)}.")
     methods, seeds = settings.pop("methods"), settings.pop("seeds")
     return [
         Config(**settings, method=method, seed=seed)
@@ -191,7 +208,7 @@ class Scores(NamedTuple):
 
 @eqx.filter_jit
 def _score(model, x, y, mask):
-    prediction = model(x)
+    prediction = model(x, max_steps=_MAX_STEPS)
     losses = optax.softmax_cross_entropy_with_integer_labels(prediction.logits, y)
     hits = correct(prediction.logits, y)
     sums = jnp.sum(losses * mask), jnp.sum(hits & mask)
@@ -219,7 +236,10 @@ def evaluate(
     for rows, mask in data.padded_batches(len(x), min(batch_size, len(x))):
         out = jax.device_get(_score(model, x[rows], y[rows], mask))
         if not out[3]:
-            raise RuntimeError("evaluation: a solve ran out of steps (4096).")
+            raise RuntimeError(
+                f"evaluation: a solve needs more than {_MAX_STEPS} steps, the limit of "
+                "the training. Loosen the tolerance or train with a larger weight."
+            )
         loss, hits = loss + float(out[0]), hits + int(out[1])
         nfes.append(int(out[2]))
     return Scores(loss / len(x), hits / len(x), sum(nfes) / len(nfes))
@@ -227,7 +247,7 @@ def evaluate(
 
 @eqx.filter_jit
 def _predict(model, x):
-    return model(x).logits
+    return model(x, max_steps=_MAX_STEPS).logits
 
 
 def time_predictions(

@@ -72,9 +72,9 @@ class TimeLinear(eqx.Module):
 
 
 class TimeMLP(eqx.Module):
-    """A vector field with one hidden layer: $f(t, y) = W_2 \\tanh(W_1 [y, t])$.
+    """A vector field with one hidden layer; the time is an input of both layers.
 
-    The time is an input of both layers.
+    $f(t, y) = [\\tanh([y, t] W_1 + b_1), t] W_2 + b_2$.
     """
 
     first: TimeLinear

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -45,8 +46,14 @@ def record_of(config: Config) -> Path:
 
 
 def run(configs: Sequence[Config], deadline: float) -> bool:
-    """Runs what has no record yet; `False` if the time was up before the end."""
+    """Runs what has no record yet; `False` if the time was up before the end.
+
+    **Raises:**
+
+    - `FileExistsError` if there is a record of other settings in a run's place.
+    """
     for config in configs:
+        records.guard({**vars(config), "config": asdict(config)}, RESULTS)
         if record_of(config).exists():
             print(f"{config.name}: has its record, {record_of(config)}")
             continue
@@ -72,9 +79,19 @@ def run(configs: Sequence[Config], deadline: float) -> bool:
 
 
 def measure(configs: Sequence[Config]) -> None:
-    """Times all finished runs side by side and puts that into their records."""
+    """Times all finished runs side by side and puts that into their records.
+
+    **Raises:**
+
+    - `ValueError` if a run was made on another device.
+    - `FileNotFoundError` if the trained model of a run is not at hand.
+    """
     done = [config for config in configs if record_of(config).exists()]
-    times = experiments.measure(done, checkpoint_of)
+    here = records.provenance("")["device"]
+    for config in done:
+        record = records.load(record_of(config))
+        _check_measurable(config, record["provenance"]["device"], here)
+    times = experiments.measure(done, checkpoint_of) if done else {}
     for config in done:
         record = records.load(record_of(config))
         del record["checksum"]
@@ -84,11 +101,24 @@ def measure(configs: Sequence[Config]) -> None:
         print(f"{config.name}: predict {predict:.2f} ms, training step {step:.2f} ms")
 
 
+def _check_measurable(config: Config, device: str, here: str) -> None:
+    if device != here:
+        raise ValueError(
+            f"{config.name} ran on {device}, this is {here}: measure it there, or its "
+            "record would mix two machines."
+        )
+    if not checkpoint_of(config).exists():
+        raise FileNotFoundError(
+            f"{config.name} has a record, but no trained model in "
+            f"{checkpoint_of(config)}: copy that file here, or run it again."
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m lrnde.run", description=__doc__)
     parser.add_argument("experiment", help="for example mnist-node")
-    parser.add_argument("--tier", required=True, help="smoke, book, cpu or paper")
+    parser.add_argument("--tier", required=True, help="cpu or paper")
     parser.add_argument("--method", nargs="+", help="only these methods")
     parser.add_argument("--seed", nargs="+", type=int, help="only these seeds")
     parser.add_argument("--max-minutes", type=float, default=math.inf)
@@ -100,12 +130,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="time finished runs side by side; run nothing else meanwhile",
     )
     options = parser.parse_args(arguments)
+    experiment = options.experiment.replace("_", "-")
     configs = [
         config
-        for config in settings(options.experiment, options.tier)
+        for config in settings(experiment, options.tier)
         if config.method in (options.method or [config.method])
         and config.seed in (options.seed or [config.seed])
     ]
+    if not configs:
+        parser.error("no run of this tier has that method and seed; see --list")
     if options.list:
         for config in configs:
             state = "done" if record_of(config).exists() else "missing"

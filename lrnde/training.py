@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +64,8 @@ def schedule(spec: dict[str, Any], steps: int) -> optax.Schedule:
 
     **Raises:**
 
-    - `ValueError` for an unknown kind, or a missing or surplus number.
+    - `ValueError` for an unknown kind, a missing or surplus number, or a start or an
+        end that is not positive.
     """
     makers = {
         "constant": (optax.constant_schedule, {"value"}),
@@ -88,6 +89,8 @@ def schedule(spec: dict[str, Any], steps: int) -> optax.Schedule:
     make, names = makers[kind]
     if set(numbers) != names:
         raise ValueError(f"schedule {spec}: {kind} takes {', '.join(sorted(names))}.")
+    if "end" in numbers and not (numbers["start"] > 0 and numbers["end"] > 0):
+        raise ValueError(f"schedule {spec}: start and end must be positive.")
     return make(**numbers)
 
 
@@ -236,7 +239,10 @@ def load_checkpoint(path: Path, like: State, identity: str) -> State:
         model,
         opt_state,
         header["step"],
-        StepBudget(**header["budget"]),
+        # The limits are settings, which may have been raised since.
+        replace(
+            like.budget, steps=header["budget"]["steps"], idle=header["budget"]["idle"]
+        ),
         History(**header["history"]),
         header["seconds"],
         header["compile_seconds"],

@@ -241,6 +241,35 @@ def test_an_event_ends_the_solve_and_the_sample_is_from_before_it(getkey):
     assert sol.ts[-1] < 2.0 and penalty > 0
 
 
+def test_the_length_of_a_solve_ends_with_its_event(getkey):
+    """A steady state is found no later because one is ready to wait longer."""
+    key = getkey()
+
+    def solve(t1, adjoint):
+        _, penalty = lrnde.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: -y),
+            lrnde.Tsit5(),
+            0.0,
+            t1,
+            0.1,
+            Y0,
+            regularizer=lrnde.LocalError(),
+            key=key,
+            event=diffrax.Event(diffrax.steady_state_event()),
+            stepsize_controller=CONTROLLER,
+            adjoint=adjoint,
+        )
+        return penalty
+
+    penalties = [
+        solve(100.0, diffrax.RecursiveCheckpointAdjoint()),
+        solve(jnp.inf, diffrax.RecursiveCheckpointAdjoint()),
+        solve(jnp.inf, diffrax.ImplicitAdjoint()),
+    ]
+    assert 0 < penalties[0] < jnp.inf
+    np.testing.assert_allclose(penalties, penalties[0], rtol=1e-4)
+
+
 def test_an_empty_interval_has_no_error(getkey):
     sol, penalty = lrnde.diffeqsolve(
         TERM,

@@ -77,6 +77,7 @@ def test_schedules_start_and_end_where_they_should(start, end, steps):
         ({"value": 1}, "must be one of constant"),
         ({"kind": "constant"}, "constant takes value"),
         ({"kind": "cosine", "start": 1.0, "end": 0.1, "steps": 3}, "takes end, start"),
+        ({"kind": "exponential", "start": 1.0, "end": 0.0}, "must be positive"),
     ],
 )
 def test_a_wrong_schedule_is_explained(spec, says):
@@ -115,6 +116,14 @@ def test_a_solve_beyond_the_limit_stops_with_the_state_kept(tmp_path):
     with pytest.raises(TrainingError, match=r"step 0: .*more than 4 steps.*run\.ckpt"):
         train(model=make_model(1e-7), budget=budget, checkpoint=path)
     assert path.exists()
+
+
+def test_a_raised_limit_lets_a_stopped_run_go_on(tmp_path):
+    path = tmp_path / "run.ckpt"
+    kwargs = dict(model=make_model(1e-4), checkpoint=path)
+    with pytest.raises(TrainingError, match="more than 4 steps"):
+        train(1, budget=StepBudget(steps=4, limit=4), **kwargs)
+    assert train(1, budget=StepBudget(steps=4, limit=64), **kwargs).step == 1
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path):
