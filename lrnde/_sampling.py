@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Real
 
 SAMPLINGS = ("unbiased", "biased", "error")
 
-# A replacement happens about log(number of steps) times in a solve. The number of
-# replacements is a sum of independent coin flips, so even a million steps need more
-# than 64 with probability below 1e-20; past that the last draw is used again.
+# A step replaces the sample with the probability of its share in the weight so far, so
+# equal weights replace it about log(number of steps) times. More than 64 times has
+# probability below 1e-20 for 100,000 such steps, and below 1e-9 for 300 steps whose
+# lengths grow over twelve decades. Past that the last draw is used again.
 _MAX_REPLACEMENTS = 64
 
 

@@ -65,7 +65,7 @@ def schedule(spec: dict[str, Any], steps: int) -> optax.Schedule:
     **Raises:**
 
     - `ValueError` for an unknown kind, a missing or surplus number, or a start or an
-        end that is not positive.
+        end that such a schedule cannot have.
     """
     makers = {
         "constant": (optax.constant_schedule, {"value"}),
@@ -89,8 +89,13 @@ def schedule(spec: dict[str, Any], steps: int) -> optax.Schedule:
     make, names = makers[kind]
     if set(numbers) != names:
         raise ValueError(f"schedule {spec}: {kind} takes {', '.join(sorted(names))}.")
-    if "end" in numbers and not (numbers["start"] > 0 and numbers["end"] > 0):
-        raise ValueError(f"schedule {spec}: start and end must be positive.")
+    # An exponential never reaches zero; a cosine may.
+    if "end" in numbers and not (numbers["start"] > 0 and numbers["end"] >= 0):
+        raise ValueError(f"schedule {spec}: start must be positive, end not negative.")
+    if kind == "exponential" and numbers["end"] == 0:
+        raise ValueError(
+            f"schedule {spec}: the end of an exponential must be positive."
+        )
     return make(**numbers)
 
 

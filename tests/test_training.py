@@ -64,6 +64,8 @@ def test_schedules_start_and_end_where_they_should(start, end, steps):
         value = schedule({"kind": kind, "start": start, "end": end}, steps)
         np.testing.assert_allclose(value(0), start, rtol=1e-5)
         np.testing.assert_allclose(value(steps), end, rtol=1e-4)
+    to_zero = schedule({"kind": "cosine", "start": start, "end": 0.0}, steps)
+    np.testing.assert_allclose(to_zero(steps), 0, atol=1e-6)
     constant = schedule({"kind": "constant", "value": start}, steps)
     assert constant(0) == constant(steps) == start
     inverse = schedule({"kind": "inverse", "start": start, "rate": end}, steps)
@@ -78,6 +80,7 @@ def test_schedules_start_and_end_where_they_should(start, end, steps):
         ({"kind": "constant"}, "constant takes value"),
         ({"kind": "cosine", "start": 1.0, "end": 0.1, "steps": 3}, "takes end, start"),
         ({"kind": "exponential", "start": 1.0, "end": 0.0}, "must be positive"),
+        ({"kind": "cosine", "start": 0.0, "end": 0.1}, "start must be positive"),
     ],
 )
 def test_a_wrong_schedule_is_explained(spec, says):
