@@ -9,8 +9,11 @@ from jaxtyping import install_import_hook
 
 os.environ["MPLBACKEND"] = "Agg"  # no test opens a window
 
-# The first example of a test often compiles something, which takes its time.
-hypothesis.settings.register_profile("lrnde", deadline=None)
+# The first example of a test often compiles something, which takes its time. The
+# same examples each run: a change is judged by what it changed.
+# `--hypothesis-profile random` looks for new ones.
+hypothesis.settings.register_profile("lrnde", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("random", deadline=None)
 hypothesis.settings.load_profile("lrnde")
 
 # Every annotation in the package is checked at run time, shapes included.
