@@ -62,18 +62,23 @@ class AbstractExplicitRungeKutta(diffrax.AbstractAdaptiveSolver):
         elif made_jump is not False:
             first = lax.cond(made_jump, lambda: terms.vf(t0, y0, args), lambda: first)
         stages = [first]
-        increments = [terms.prod(first, control)]
+
+        def increment(coefficients):
+            return terms.prod(_combine(coefficients, stages), control)
+
         y1 = y0
         for a, c in zip(tableau.a_lower, tableau.c, strict=True):
             # The last node is t1 itself, without a rounding error.
             t = t1 if c == 1 else t0 + np.asarray(c, jnp.result_type(t0)) * (t1 - t0)
-            y1 = _add(y0, _combine(a, increments))
+            y1 = _add(y0, increment(a))
             stages.append(terms.vf(t, y1, args))
-            increments.append(terms.prod(stages[-1], control))
         if not tableau.ssal:
-            y1 = _add(y0, _combine(tableau.b_sol, increments))
-        y_error = _combine(tableau.b_error, increments)
-        k = jtu.tree_map(lambda *leaves: jnp.stack(leaves), *increments)
+            y1 = _add(y0, increment(tableau.b_sol))
+        y_error = increment(tableau.b_error)
+        k = jtu.tree_map(
+            lambda *leaves: jnp.stack(leaves),
+            *(terms.prod(stage, control) for stage in stages),
+        )
         last = stages[-1] if tableau.fsal else None
         dense_info = dict(y0=y0, y1=y1, k=k)
         return y1, y_error, dense_info, last, diffrax.RESULTS.successful
