@@ -5,9 +5,14 @@
 PYTHON ?= python3
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
 STAMP := .venv/.stamp
+ifdef UV
+INSTALL := uv pip install --quiet --python .venv/bin/python
+else
+INSTALL := .venv/bin/python -m pip install --quiet
+endif
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint lab data clean
+.PHONY: help book test lint lab data bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
@@ -28,6 +33,10 @@ lab: $(STAMP) ## Open the chapters in JupyterLab
 data: $(STAMP) ## Fetch the data sets, or check those that LRNDE_DATA names
 	.venv/bin/python -m lrnde.data mnist
 
+bench: $(STAMP) ## Time solves and gradients: writes book/benchmarks/<platform>.json
+	$(INSTALL) -e '.[bench]'
+	.venv/bin/python -m benchmarks
+
 clean: ## Remove the built book, its notebook cache and the environment
 	rm -rf _build .venv
 
@@ -36,12 +45,11 @@ $(STAMP): pyproject.toml
 	@rm -f $(STAMP)
 ifdef UV
 	uv venv --quiet --allow-existing --python '>=3.11' .venv
-	uv pip install --quiet --python .venv/bin/python -e '.[book,test]'
 else
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'lrnde needs Python 3.11 or later: PYTHON=python3.12 make ...' >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv || \
 	  { echo 'No virtual environment. On Debian or Ubuntu: apt install python3-venv' >&2; exit 1; }
-	.venv/bin/python -m pip install --quiet -e '.[book,test]'
 endif
+	$(INSTALL) -e '.[book,test]'
 	@touch $(STAMP)

@@ -183,14 +183,17 @@ class StepSampler(diffrax.AbstractAdaptiveStepSizeController):
                 "be adapted. Use a solver that has one, such as `diffrax.Tsit5()`, or "
                 "wrap yours in `diffrax.HalfSolver`."
             )
-        keep_step, tprev, tnext, made_jump, inner, result = (
-            self.controller.adapt_step_size(
-                t0, t1, y0, y1_candidate, args, y_error, order, state.inner
-            )
+        error = scaled_error(self, y0, y1_candidate, y_error)
+        error = lax.stop_gradient(jnp.where(jnp.isnan(error), jnp.inf, error))
+        controller, ys = _given_the_error(
+            self.controller, error, (y0, y1_candidate, y_error)
+        )
+        keep_step, tprev, tnext, made_jump, inner, result = controller.adapt_step_size(
+            t0, t1, ys[0], ys[1], args, ys[2], order, state.inner
         )
         reservoir = state.reservoir
         if reservoir is not None:
-            weight = self._weight(t0, t1, y0, y1_candidate, y_error)
+            weight = self._weight(t0, t1, error)
             reservoir = _offer(
                 reservoir, Step(t0, t1, y0), weight, keep_step, self.uniforms
             )
@@ -203,57 +206,38 @@ class StepSampler(diffrax.AbstractAdaptiveStepSizeController):
         )
         return keep_step, tprev, tnext, made_jump, new_state, result
 
-    def _weight(self, t0, t1, y0, y1, y_error):
+    def _weight(self, t0, t1, error):
         if self.sampling == "unbiased":
             return t1 - t0
         if self.sampling == "biased":
             return jnp.ones_like(t0)
-        error = scaled_error(self.controller, y0, y1, y_error)
-        return lax.stop_gradient(error).astype(t0.dtype)
+        return error.astype(t0.dtype)
+
+
+def _given_the_error(controller, error, ys):
+    """A controller that takes the same decision from the scaled error alone.
+
+    A `diffrax.PIDController` looks at the states and the error estimate only through
+    the scaled error. Computed here, in one go, it saves several passes over the state.
+    """
+
+    def is_pid(x):
+        return type(x) is diffrax.PIDController
+
+    def replace(x):
+        if not is_pid(x):
+            return x
+        return eqx.tree_at(lambda c: (c.rtol, c.atol, c.norm), x, (0.0, 1.0, jnp.abs))
+
+    inner = controller
+    while isinstance(inner, diffrax.ClipStepSizeController):
+        inner = inner.controller
+    if not is_pid(inner):
+        return controller, ys
+    controller = jtu.tree_map(replace, controller, is_leaf=is_pid)
+    return controller, (jnp.zeros_like(error), jnp.zeros_like(error), error)
 
 
 def draw_uniforms(key: PRNGKeyArray, dtype) -> Float[Array, " replacements"]:
     """The random numbers that `StepSampler` needs for one solve."""
     return jr.uniform(key, (_MAX_REPLACEMENTS,), dtype)
-
-
-class SteadyStateAdjoint(diffrax.ImplicitAdjoint):
-    """`diffrax.ImplicitAdjoint` that does not mind the sampler's state being saved.
-
-    It insists on `SaveAt(t1=True)` alone, though any state that is not part of the
-    solution has no derivative anyway.
-    """
-
-    def loop(self, *, saveat, **kwargs):
-        saveat = eqx.tree_at(lambda s: s.controller_state, saveat, False)
-        return super().loop(saveat=saveat, **kwargs)
-
-
-class CheckpointAdjoint(diffrax.RecursiveCheckpointAdjoint):
-    """`diffrax.RecursiveCheckpointAdjoint` that leaves the sample out of checkpoints.
-
-    A checkpoint holds whatever the loop carries, unless it is a buffer. Without this
-    the sampled state would be stored once a checkpoint although the backward pass
-    never reads it; as a buffer it is stored once.
-    """
-
-    @property
-    def _loop(self):
-        loop = super()._loop
-
-        def loop_with_buffer(*, outer_while_loop, **kwargs):
-            def outer(cond_fun, body_fun, init_val, *, max_steps, buffers):
-                def all_buffers(state):
-                    return buffers(state) + [state.controller_state.reservoir.slots]
-
-                return outer_while_loop(
-                    cond_fun,
-                    body_fun,
-                    init_val,
-                    max_steps=max_steps,
-                    buffers=all_buffers,
-                )
-
-            return loop(outer_while_loop=outer, **kwargs)
-
-        return loop_with_buffer

@@ -13,16 +13,10 @@ from diffrax._term import WrapTerm
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Real
 
+from ._adjoint import CheckpointAdjoint, SteadyStateAdjoint
 from ._nfe import count_evaluations, evaluates_first_stage
 from ._regularizers import AbstractRegularizer, TakenStep
-from ._sampling import (
-    CheckpointAdjoint,
-    ControllerState,
-    draw_uniforms,
-    SteadyStateAdjoint,
-    Step,
-    StepSampler,
-)
+from ._sampling import ControllerState, draw_uniforms, Step, StepSampler
 
 
 @eqx.filter_jit

@@ -3,8 +3,9 @@
 The notebooks and `python -m lrnde.run` both call `run`.
 """
 
+import functools
+import itertools
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from . import _explicit, data, records
 from ._regularizers import AbstractRegularizer, LocalError, LocalStiffness
 from .models import NeuralODEClassifier
 from .objectives import accuracy, correct, cross_entropy
+from .timing import interleave
 from .training import (
     Evaluation,
     fit,
@@ -268,13 +270,14 @@ def time_predictions(
     From the name to the median wall time of one prediction, in seconds.
     """
     x = jnp.asarray(x)
-    seconds = {name: [] for name in models}
-    for _ in range(repeats + 1):
-        for name, model in models.items():
-            started = time.perf_counter()
-            _predict(model, x).block_until_ready()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: median(times[1:]) for name, times in seconds.items()}
+    calls = {
+        name: functools.partial(_predict, model, x) for name, model in models.items()
+    }
+    return _medians(interleave(calls, repeats))
+
+
+def _medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: median(times) for name, times in seconds.items()}
 
 
 class Run(NamedTuple):
@@ -442,19 +445,18 @@ def _time_train_steps(configs, states, dataset, repeats) -> dict[str, float]:
     }
     rows = slice(configs[0].batch_size)
     batch = jnp.asarray(dataset.x_train[rows]), jnp.asarray(dataset.y_train[rows])
-    seconds = {c.name: [] for c in configs}
-    for repeat in range(repeats + 1):
-        for config in configs:
-            state = states[config.name]
-            started = time.perf_counter()
-            out = steps[config.method](
-                state.model,
-                state.opt_state,
-                batch,
-                jr.key(repeat),
-                jnp.asarray(state.step),
-                state.budget.steps,
-            )
-            jax.block_until_ready(out)
-            seconds[config.name].append(time.perf_counter() - started)
-    return {name: median(times[1:]) for name, times in seconds.items()}
+    keys = itertools.count()
+
+    def train_step(config):
+        state = states[config.name]
+        return steps[config.method](
+            state.model,
+            state.opt_state,
+            batch,
+            jr.key(next(keys) // len(configs)),
+            jnp.asarray(state.step),
+            state.budget.steps,
+        )
+
+    calls = {c.name: functools.partial(train_step, c) for c in configs}
+    return _medians(interleave(calls, repeats))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
 
+from ._adjoint import TapeAdjoint
 from ._regularizers import AbstractRegularizer
 from ._solve import diffeqsolve
 
@@ -104,12 +105,14 @@ class NeuralODEClassifier(eqx.Module):
     - `classes`: Number of classes.
     - `solver`: A diffrax solver with an embedded error estimate.
     - `tolerance`: Relative and absolute tolerance of the solve.
+    - `adjoint`: How the gradient goes through the solve.
     - `key`: A `jax.random.key` for the initial parameters.
     """
 
     vector_field: TimeMLP
     readout: Linear
     solver: diffrax.AbstractSolver
+    adjoint: diffrax.AbstractAdjoint
     tolerance: float = eqx.field(static=True)
 
     def __init__(
@@ -120,12 +123,14 @@ class NeuralODEClassifier(eqx.Module):
         *,
         solver: diffrax.AbstractSolver,
         tolerance: float,
+        adjoint: diffrax.AbstractAdjoint = TapeAdjoint(),  # noqa: B008
         key: PRNGKeyArray,
     ):
         field_key, readout_key = jr.split(key)
         self.vector_field = TimeMLP(size, hidden, key=field_key)
         self.readout = Linear(size, classes, key=readout_key)
         self.solver = solver
+        self.adjoint = adjoint
         self.tolerance = tolerance
 
     def solve(
@@ -151,6 +156,7 @@ class NeuralODEClassifier(eqx.Module):
             stepsize_controller=diffrax.PIDController(
                 rtol=self.tolerance, atol=self.tolerance
             ),
+            adjoint=self.adjoint,
             max_steps=max_steps,
             throw=False,
         )

@@ -104,9 +104,10 @@ class StepBudget:
     """How many solver steps a training step may take.
 
     The memory of a gradient grows with the number of steps that it is made ready for,
-    so this is kept near what the solves need: doubled when one runs out (that batch is
-    tried again), halved when `patience` training steps in a row used at most a quarter,
-    but not below `smallest`. Every change compiles the training step anew.
+    and on a CPU its time does. So this is kept near what the solves need: doubled when
+    one runs out (that batch is tried again), halved when `patience` training steps in a
+    row used at most half of it, but not below `smallest`. A budget that is new compiles
+    the training step anew.
 
     **Arguments:**
 
@@ -114,12 +115,12 @@ class StepBudget:
     - `limit`: A solve that needs more than this stops the training.
     - `smallest`: The budget is not halved below this.
     - `patience`: Training steps after which an idle budget is halved.
-    - `idle`: Training steps in a row that used at most a quarter.
+    - `idle`: Training steps in a row that used at most half of the budget.
     """
 
     steps: int = 32
     limit: int = 16384
-    smallest: int = 32
+    smallest: int = 8
     patience: int = 200
     idle: int = 0
 
@@ -133,7 +134,7 @@ class StepBudget:
 
     def note(self, used: int) -> None:
         """Takes note of the number of steps that a training step has used."""
-        self.idle = self.idle + 1 if 4 * used <= self.steps else 0
+        self.idle = self.idle + 1 if 2 * used <= self.steps else 0
         if self.idle >= self.patience and self.steps > self.smallest:
             self.steps, self.idle = max(self.steps // 2, self.smallest), 0
 

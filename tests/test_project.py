@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-TARGETS = ["book", "test", "lint", "lab", "data", "clean", "help"]
+TARGETS = ["book", "test", "lint", "lab", "data", "bench", "clean", "help"]
 
 
 def blocks(language):

@@ -18,6 +18,7 @@ ADJOINTS = [
     diffrax.RecursiveCheckpointAdjoint(),
     diffrax.DirectAdjoint(),
     diffrax.BacksolveAdjoint(),
+    lrnde.TapeAdjoint(),
 ]
 TSIT5 = lrnde.Tsit5()
 named = pytest.mark.parametrize

@@ -1,0 +1,217 @@
+"""The tape adjoint: the gradient of checkpointing, without computing anything twice."""
+
+import functools as ft
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax import lax
+from problems import CONTROLLER, forced, matrix, problem, Y0
+
+import lrnde
+from lrnde._tape import taped_while_loop
+
+MAX_STEPS = 128
+SAVEATS = {
+    "t1": diffrax.SaveAt(t1=True),
+    "ts and dense": diffrax.SaveAt(ts=jnp.linspace(0.1, 1.9, 5), dense=True),
+    "steps": diffrax.SaveAt(t0=True, steps=True),
+}
+
+
+def solve(a, y0, adjoint, saveat=SAVEATS["t1"], solver=None):
+    return diffrax.diffeqsolve(
+        *problem(solver or lrnde.Tsit5(), a=a)[:5],
+        y0,
+        a,
+        saveat=saveat,
+        stepsize_controller=CONTROLLER,
+        adjoint=adjoint,
+        max_steps=MAX_STEPS,
+    )
+
+
+def loss(a, y0, *args):
+    sol = solve(a, y0, *args)
+    ys = jnp.where(jnp.isfinite(sol.ys), sol.ys, 0)
+    dense = 0 if sol.interpolation is None else jnp.sum(sol.evaluate(1.234))
+    return jnp.sum(ys**2) + dense
+
+
+@pytest.mark.parametrize("saveat", SAVEATS.values(), ids=SAVEATS)
+def test_the_gradient_is_that_of_checkpointing(saveat, float64):
+    def gradient(adjoint):
+        function = jax.grad(lambda *x: loss(*x, adjoint, saveat), argnums=(0, 1))
+        return jax.jit(function)(matrix(), jnp.asarray(Y0, float))
+
+    expected = gradient(diffrax.RecursiveCheckpointAdjoint())
+    for rows in (MAX_STEPS, 7):
+        found = gradient(lrnde.TapeAdjoint(rows=rows))
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_batched_solves_of_different_lengths(float64):
+    scales = jnp.array([0.1, 1.0, 4.0])
+
+    def gradient(adjoint, scale):
+        return jax.grad(lambda a: loss(scale * a, Y0, adjoint))(matrix())
+
+    def steps(scale):
+        return solve(scale * matrix(), Y0, diffrax.DirectAdjoint()).stats["num_steps"]
+
+    assert len(set(jax.vmap(steps)(scales).tolist())) == 3
+    found, expected = (
+        jax.jit(jax.vmap(ft.partial(gradient, adjoint)))(scales)
+        for adjoint in (
+            lrnde.TapeAdjoint(rows=7),
+            diffrax.RecursiveCheckpointAdjoint(),
+        )
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("solver", [diffrax.Tsit5(), diffrax.Kvaerno5()], ids=repr)
+def test_solvers_of_diffrax(solver, float64):
+    found, expected = (
+        jax.grad(loss)(matrix(), Y0, adjoint, SAVEATS["t1"], solver)
+        for adjoint in (lrnde.TapeAdjoint(), diffrax.RecursiveCheckpointAdjoint())
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_stochastic_differential_equation(float64):
+    path = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-3, (), jr.key(0))
+    noise = diffrax.ControlTerm(lambda t, y, a: a * jnp.sin(y), path)
+    terms = diffrax.MultiTerm(diffrax.ODETerm(lambda t, y, a: -a * y), noise)
+
+    def end(a, adjoint):
+        return diffrax.diffeqsolve(
+            terms, diffrax.Heun(), 0.0, 1.0, 0.05, 1.0, a, adjoint=adjoint, max_steps=32
+        ).ys[0]
+
+    found, expected = (
+        jax.grad(end)(1.3, adjoint)
+        for adjoint in (
+            lrnde.TapeAdjoint(rows=6),
+            diffrax.RecursiveCheckpointAdjoint(),
+        )
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [64, 7])
+def test_evaluations_of_a_gradient(rows):
+    """One forward pass, and one more of all stretches but the last."""
+    count = 0
+
+    def note(_):
+        nonlocal count
+        count += 1
+
+    def counted(t, y, a):
+        jax.debug.callback(note, t)
+        return forced(t, y, a)
+
+    def loss(a, adjoint):
+        sol, _ = lrnde.diffeqsolve(
+            diffrax.ODETerm(counted),
+            *problem(lrnde.Tsit5())[1:6],
+            a,
+            stepsize_controller=CONTROLLER,
+            adjoint=adjoint,
+            max_steps=64,
+        )
+        return jnp.sum(sol.ys**2), sol.stats
+
+    _, stats = jax.grad(loss, has_aux=True)(matrix(), lrnde.TapeAdjoint(rows=rows))
+    jax.effects_barrier()
+    steps = int(stats["num_steps"])
+    again = (steps - 1) // rows * rows
+    assert count == int(stats["nfe"]) + 6 * again
+
+
+def test_parameters_are_not_on_the_tape():
+    """A row costs a few states, however many parameters there are."""
+    weight = jnp.ones((256, 4))
+    y0 = jnp.ones(4)
+
+    def loss(weight, rows):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, w: jnp.tanh(jnp.sin(w) @ y)[:4]),
+            lrnde.Tsit5(),
+            0.0,
+            1.0,
+            None,
+            y0,
+            weight,
+            stepsize_controller=CONTROLLER,
+            adjoint=lrnde.TapeAdjoint(rows=rows),
+            max_steps=64,
+        )
+        return jnp.sum(sol.ys)
+
+    def memory(rows):
+        program = jax.jit(jax.grad(loss), static_argnums=1).lower(weight, rows)
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    row = (memory(64) - memory(32)) / 32
+    hidden = 2 * 6 * 256 * weight.itemsize  # what the derivative of tanh needs
+    assert row < hidden + 12 * y0.nbytes < weight.nbytes + hidden
+
+
+def test_the_loop_itself():
+    """Against `lax.scan`, with a leaf that is only counted and one that is constant."""
+
+    def body(carry):
+        x, scale, n = carry
+        return jnp.sin(scale * x) + x, scale, n + 1
+
+    def taped(x, scale, rows):
+        return taped_while_loop(
+            lambda carry: carry[2] < 10,
+            body,
+            (x, scale, 0),
+            max_steps=16,
+            buffers=None,
+            rows=rows,
+        )[0]
+
+    def scanned(x, scale):
+        return lax.scan(lambda c, _: (body(c), None), (x, scale, 0), length=10)[0][0]
+
+    expected = jax.grad(scanned, argnums=(0, 1))(0.3, 0.7)
+    for rows in (1, 3, 16):
+        found = jax.grad(taped, argnums=(0, 1))(0.3, 0.7, rows)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_what_cannot_be_taped():
+    with pytest.raises(ValueError, match="at least one row"):
+        lrnde.TapeAdjoint(rows=0)
+    path = diffrax.UnsafeBrownianPath((), jr.key(0))
+    term = diffrax.MultiTerm(
+        diffrax.ODETerm(lambda t, y, a: -y),
+        diffrax.ControlTerm(lambda t, y, a: 1.0, path),
+    )
+    with pytest.raises(ValueError, match="VirtualBrownianTree"):
+        diffrax.diffeqsolve(
+            term, diffrax.Euler(), 0, 1, 0.1, 1.0, adjoint=lrnde.TapeAdjoint()
+        )
+
+    def unbounded(y0):
+        return diffrax.diffeqsolve(
+            *problem(lrnde.Tsit5())[:5],
+            y0,
+            matrix(),
+            stepsize_controller=CONTROLLER,
+            adjoint=lrnde.TapeAdjoint(),
+            max_steps=None,
+        ).ys.sum()
+
+    assert jnp.isfinite(unbounded(Y0))
+    with pytest.raises(Exception, match="bound the number of steps"):
+        jax.grad(unbounded)(Y0)
