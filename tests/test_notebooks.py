@@ -52,11 +52,19 @@ def check_mnist_node(results):
     assert results["record_written"] is True
 
 
+def check_performance(results):
+    assert results["nfe"]["lrnde"] >= 13
+    assert results["predict_over_bare"] > 0.5
+    # diffrax gets ready for 4096 steps; this solve takes a handful.
+    assert results["gradient_speedup"] > 1
+
+
 CHECKS = {
     "first_look": check_first_look,
     "adaptive_solvers": check_adaptive_solvers,
     "local_regularization": check_local_regularization,
     "adjoints_and_memory": check_adjoints_and_memory,
+    "performance": check_performance,
     "mnist_node": check_mnist_node,
 }
 
