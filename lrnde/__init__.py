@@ -13,5 +13,10 @@ from ._regularizers import stability_interval as stability_interval
 from ._regularizers import TakenStep as TakenStep
 from ._sampling import scaled_error as scaled_error
 from ._solve import diffeqsolve as diffeqsolve
+from ._sri import AbstractSRI as AbstractSRI
+from ._sri import SOSRI as SOSRI
+from ._sri import SOSRI2 as SOSRI2
+from ._sri import SRITableau as SRITableau
+from ._sri import SRIW2 as SRIW2
 
 __version__ = "0.1.0"

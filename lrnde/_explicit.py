@@ -18,18 +18,18 @@ from jax import lax
 from jaxtyping import Array, Float64, PyTree
 
 
-def _combine(
+def combine(
     coefficients: Float64[np.ndarray, " trees"], trees: Sequence[PyTree[Array]]
 ) -> PyTree[Array]:
     """The linear combination of `trees`, leaf by leaf, without the zero terms."""
     kept = [i for i, c in enumerate(coefficients) if c != 0]
 
-    def combine(*leaves):
+    def leafwise(*leaves):
         # Coefficients are cast: a float64 one must not lift a float32 state.
         terms = [np.asarray(coefficients[i], leaves[0].dtype) * leaves[i] for i in kept]
         return sum(terms[1:], start=terms[0])
 
-    return jtu.tree_map(combine, *trees)
+    return jtu.tree_map(leafwise, *trees)
 
 
 class AbstractExplicitRungeKutta(diffrax.AbstractAdaptiveSolver):
@@ -64,16 +64,16 @@ class AbstractExplicitRungeKutta(diffrax.AbstractAdaptiveSolver):
         stages = [first]
 
         def increment(coefficients):
-            return terms.prod(_combine(coefficients, stages), control)
+            return terms.prod(combine(coefficients, stages), control)
 
         y1 = y0
         for a, c in zip(tableau.a_lower, tableau.c, strict=True):
             # The last node is t1 itself, without a rounding error.
             t = t1 if c == 1 else t0 + np.asarray(c, jnp.result_type(t0)) * (t1 - t0)
-            y1 = _add(y0, increment(a))
+            y1 = add(y0, increment(a))
             stages.append(terms.vf(t, y1, args))
         if not tableau.ssal:
-            y1 = _add(y0, increment(tableau.b_sol))
+            y1 = add(y0, increment(tableau.b_sol))
         y_error = increment(tableau.b_error)
         k = jtu.tree_map(
             lambda *leaves: jnp.stack(leaves),
@@ -84,7 +84,7 @@ class AbstractExplicitRungeKutta(diffrax.AbstractAdaptiveSolver):
         return y1, y_error, dense_info, last, diffrax.RESULTS.successful
 
 
-def _add(y: PyTree[Array], dy: PyTree[Array]) -> PyTree[Array]:
+def add(y: PyTree[Array], dy: PyTree[Array]) -> PyTree[Array]:
     return jax.tree.map(jnp.add, y, dy)
 
 

@@ -3,9 +3,11 @@
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
+from diffrax._heuristics import is_sde
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ._explicit import AbstractExplicitRungeKutta
+from ._sri import AbstractSRI
 
 
 def evaluates_first_stage(
@@ -36,15 +38,50 @@ class _Cost:
         self.solve, self.step, self.first_stage = solve, step, first_stage
 
 
+def _solver_costs(solver: diffrax.AbstractSolver) -> tuple[_Cost, _Cost] | None:
+    """The cost in evaluations of the drift and of the diffusion.
+
+    For an ordinary differential equation they are the same.
+    """
+    if isinstance(solver, diffrax.HalfSolver):
+        costs = _solver_costs(solver.solver)
+        # First of all: it passes for an instance of its solver's class, too.
+        # Two half steps and a whole one. The second half step follows the first, so
+        # it has no first stage to evaluate anew.
+        return costs and tuple(
+            _Cost(cost.solve, 3 * cost.step, 2 * cost.first_stage) for cost in costs
+        )
+    if isinstance(solver, AbstractSRI):
+        tableau = solver.tableau
+        return (
+            _Cost(0, tableau.drift_evaluations, 0),
+            _Cost(0, tableau.diffusion_evaluations, 0),
+        )
+    if isinstance(solver, diffrax.AbstractSRK):
+        return _srk_costs(solver.tableau)
+    if isinstance(solver, diffrax.EulerHeun):
+        return _Cost(0, 1, 0), _Cost(0, 2, 0)
+    cost = _solver_cost(solver)
+    return cost and (cost, cost)
+
+
+def _srk_costs(tableau: diffrax.StochasticButcherTableau) -> tuple[_Cost, _Cost]:
+    stages = len(tableau.b_sol)
+
+    def evaluations(ignored):
+        return stages - (0 if ignored is None else int(sum(ignored)))
+
+    drift = evaluations(tableau.ignore_stage_f)
+    # The diffusion of additive noise depends on time alone, so its ends suffice.
+    additive = tableau.is_additive_noise()
+    diffusion = 2 if additive else evaluations(tableau.ignore_stage_g)
+    return _Cost(0, drift, 0), _Cost(0, diffusion, 0)
+
+
 def _solver_cost(solver: diffrax.AbstractSolver) -> _Cost | None:
     if isinstance(solver, diffrax.AbstractImplicitSolver):
         # How often the root finder calls the vector field is not visible from outside.
         return None
-    if isinstance(solver, diffrax.HalfSolver):
-        cost = _solver_cost(solver.solver)
-        # Two half steps and a whole one. The second half step follows the first, so
-        # it has no first stage to evaluate anew.
-        return cost and _Cost(cost.solve, 3 * cost.step, 2 * cost.first_stage)
     if isinstance(solver, AbstractExplicitRungeKutta):
         fsal = int(solver.tableau.fsal)
         return _Cost(fsal, solver.tableau.num_stages - fsal, fsal)
@@ -107,7 +144,7 @@ def count_evaluations(
     num_steps: Int[Array, ""],
     first_stages: Int[Array, ""],
     resumed: bool,
-) -> Int[Array, ""] | None:
+) -> dict[str, Int[Array, ""] | None]:
     """The number of vector field evaluations of a solve.
 
     **Arguments:**
@@ -121,12 +158,21 @@ def count_evaluations(
 
     **Returns:**
 
-    An integer; `None` for a solver whose evaluations cannot be counted from outside
-    (an implicit one: its root finder decides).
+    `"nfe"`, an integer; `None` for a solver whose evaluations cannot be counted from
+    outside (an implicit one: its root finder decides). For a stochastic differential
+    equation with a drift and a diffusion, also `"nfe_drift"`, which is the same, and
+    `"nfe_diffusion"`.
     """
-    cost = _solver_cost(solver)
-    if cost is None:
-        return None
+    stochastic = is_sde(terms) and isinstance(terms, diffrax.MultiTerm)
+    names = ("nfe_drift", "nfe_diffusion") if stochastic else ("nfe",)
+    costs = _solver_costs(solver)
+    if costs is None:
+        return dict.fromkeys(("nfe", *names))
     initial = _initial_step_cost(terms, solver, controller, t0, t1, dt0, y0, args)
-    constant = jnp.asarray(initial + (0 if resumed else cost.solve), jnp.int32)
-    return constant + cost.step * num_steps + cost.first_stage * first_stages
+
+    def total(cost):
+        constant = jnp.asarray(initial + (0 if resumed else cost.solve), jnp.int32)
+        return constant + cost.step * num_steps + cost.first_stage * first_stages
+
+    counts = dict(zip(names, map(total, costs), strict=False))
+    return {"nfe": counts[names[0]], **counts}

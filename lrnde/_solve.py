@@ -60,7 +60,9 @@ def diffeqsolve(
 
     - the `diffrax.Solution`. Its `stats` also hold `"nfe"`, the number of vector field
         evaluations of the solve: rejected steps, the first stage and the choice of the
-        first step included; `None` where it cannot be counted (implicit solvers).
+        first step included; `None` where it cannot be counted (implicit solvers). For
+        a stochastic differential equation it counts the drift, and `"nfe_drift"` and
+        `"nfe_diffusion"` stand beside it.
     - the penalty, a real scalar. Its gradient reaches `terms` and `args` through the
         one step that is measured; it is zero with respect to `y0`.
 
@@ -278,7 +280,7 @@ def _finish(sol, saveat, state, adaptive, nfe) -> diffrax.Solution:
     """Hands back what was asked for, without the sampler's own state."""
     inner = state.inner if adaptive else state
     asked = inner if saveat.controller_state else None
-    stats = {**sol.stats, "nfe": nfe}
+    stats = {**sol.stats, **nfe}
     return eqx.tree_at(
         lambda s: (s.controller_state, s.stats),
         sol,
