@@ -1,6 +1,7 @@
 """Locally regularized neural differential equations, as an extension of diffrax."""
 
 from ._adjoint import TapeAdjoint as TapeAdjoint
+from ._brownian import BrownianPath as BrownianPath
 from ._explicit import AbstractExplicitRungeKutta as AbstractExplicitRungeKutta
 from ._explicit import Bosh3 as Bosh3
 from ._explicit import Dopri5 as Dopri5

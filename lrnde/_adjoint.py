@@ -7,6 +7,7 @@ import equinox as eqx
 import equinox.internal as eqxi
 from diffrax._heuristics import is_unsafe_sde
 
+from ._brownian import RememberingSolver
 from ._sampling import ControllerState
 from ._tape import taped_while_loop
 
@@ -44,6 +45,7 @@ class TapeAdjoint(diffrax.AbstractAdjoint):
         self,
         *,
         terms,
+        solver,
         max_steps,
         throw,
         passed_solver_state,
@@ -65,9 +67,10 @@ class TapeAdjoint(diffrax.AbstractAdjoint):
             inner_while_loop = ft.partial(eqxi.while_loop, kind="checkpointed")
         final_state = self._loop(
             terms=terms,
+            solver=solver,
             max_steps=max_steps,
             inner_while_loop=inner_while_loop,
-            outer_while_loop=_keep_sample_apart(outer_while_loop),
+            outer_while_loop=_between_steps(outer_while_loop, solver),
             **kwargs,
         )
         if max_steps is None:
@@ -81,35 +84,48 @@ class TapeAdjoint(diffrax.AbstractAdjoint):
 
 
 class CheckpointAdjoint(diffrax.RecursiveCheckpointAdjoint):
-    """`diffrax.RecursiveCheckpointAdjoint` that leaves out the sample."""
+    """`diffrax.RecursiveCheckpointAdjoint` that knows of samples and remembered noise.
+
+    It leaves the sample out of what is stored.
+    """
 
     @property
     def _loop(self):
         loop = super()._loop
 
-        def loop_with_buffer(*, outer_while_loop, **kwargs):
-            return loop(outer_while_loop=_keep_sample_apart(outer_while_loop), **kwargs)
+        def aware_loop(*, solver, outer_while_loop, **kwargs):
+            outer_while_loop = _between_steps(outer_while_loop, solver)
+            return loop(solver=solver, outer_while_loop=outer_while_loop, **kwargs)
 
-        return loop_with_buffer
+        return aware_loop
 
 
-def _keep_sample_apart(while_loop):
-    """A while loop that takes the sampled state for a buffer, if there is one.
+def _between_steps(while_loop, solver):
+    """A while loop over steps that does what has to be done between two of them.
 
-    What is stored of a loop, at a checkpoint or at the start of a stretch, is all that
-    it carries except buffers. The backward pass never reads the sample.
+    A `RememberingSolver` draws the noise of the next step. The sampled step is taken
+    for a buffer: what is stored of a loop, at a checkpoint or at the start of a
+    stretch, is all that it carries except buffers, and the backward pass never reads
+    the sample.
     """
+    remembering = isinstance(solver, RememberingSolver)
 
     def wrapped(cond_fun, body_fun, init_val, *, max_steps, buffers):
         sampler = init_val.controller_state
         sampled = isinstance(sampler, ControllerState) and sampler.reservoir is not None
 
+        def body(state):
+            new = body_fun(state)
+            return solver.go_on(state, new) if remembering else new
+
         def all_buffers(state):
             slots = [state.controller_state.reservoir.slots] if sampled else []
+            if sampled and remembering:
+                slots.append(state.solver_state[1].samples)
             return buffers(state) + slots
 
         return while_loop(
-            cond_fun, body_fun, init_val, max_steps=max_steps, buffers=all_buffers
+            cond_fun, body, init_val, max_steps=max_steps, buffers=all_buffers
         )
 
     return wrapped

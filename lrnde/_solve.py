@@ -13,7 +13,8 @@ from diffrax._term import WrapTerm
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Real
 
-from ._adjoint import CheckpointAdjoint, SteadyStateAdjoint
+from ._adjoint import CheckpointAdjoint, SteadyStateAdjoint, TapeAdjoint
+from ._brownian import find_path, Increment, RememberingSolver, show
 from ._nfe import count_evaluations, evaluates_first_stage
 from ._regularizers import AbstractRegularizer, TakenStep
 from ._sampling import ControllerState, draw_uniforms, Step, StepSampler
@@ -39,6 +40,7 @@ def diffeqsolve(
     controller_state: PyTree = None,
     solver_state: PyTree = None,
     made_jump: Any = None,
+    throw: bool = True,
     **kwargs: Any,
 ) -> tuple[diffrax.Solution, Real[Array, ""]]:
     """Solves a differential equation and measures how hard that was.
@@ -88,21 +90,32 @@ def diffeqsolve(
             controller_state = sampler.init_state(controller_state, t0, y0)
     else:
         sampler = stepsize_controller
-    adjoint = _aware_of_the_sampler(adjoint, regularizer)
+    path = find_path(terms)
+    adjoint = _aware(adjoint, regularizer, path)
+    stepper = solver
+    if path is not None:
+        _check_path(solver, solver_state, adjoint)
+        stepper = RememberingSolver(solver, path, sampled=regularizer is not None)
+        terms = show(terms, path.draw(path.key, jnp.ones_like(t0)))
     sol = diffrax.diffeqsolve(
         terms,
-        solver,
+        stepper,
         t0,
         t1,
         dt0,
         y0,
         args,
-        saveat=eqx.tree_at(lambda s: s.controller_state, saveat, True),
+        saveat=eqx.tree_at(
+            lambda s: (s.controller_state, s.solver_state),
+            saveat,
+            (True, saveat.solver_state or path is not None),
+        ),
         stepsize_controller=sampler,
         adjoint=adjoint,
         controller_state=controller_state,
         solver_state=solver_state,
         made_jump=made_jump,
+        throw=throw,
         **kwargs,
     )
     state = sol.controller_state
@@ -122,11 +135,15 @@ def diffeqsolve(
         first_stages,
         resumed=solver_state is not None,
     )
+    memory = None if path is None else sol.solver_state[1]
     penalty = jnp.zeros((), t0.dtype)
     if regularizer is not None:
-        solver = _prepare_solver(solver, controller, adjoint)
-        problem = (terms, solver, controller, args)
-        penalty = _penalty(regularizer, problem, state, t0, t1, key)
+        stepper = _prepare_solver(stepper, controller, adjoint)
+        problem = (terms, stepper, controller, args)
+        noise = memory and jtu.tree_map(lambda x: x[0], memory.samples)
+        penalty = _penalty(regularizer, problem, state, noise, t0, t1, key)
+    if memory is not None:
+        sol = _check_memory(sol, memory.overflowed, throw)
     return _finish(sol, saveat, state, adaptive, nfe), penalty
 
 
@@ -173,13 +190,37 @@ def _make_sampler(controller, regularizer, key, evaluate_first_stage, dtype):
     return StepSampler(controller, regularizer.sampling, uniforms, evaluate_first_stage)
 
 
-def _aware_of_the_sampler(adjoint, regularizer):
-    sampled = regularizer is not None
-    if sampled and type(adjoint) is diffrax.RecursiveCheckpointAdjoint:
+def _aware(adjoint, regularizer, path):
+    """An adjoint that knows what this package does between steps."""
+    special = regularizer is not None or path is not None
+    if special and type(adjoint) is diffrax.RecursiveCheckpointAdjoint:
         return CheckpointAdjoint(adjoint.checkpoints)
     if type(adjoint) is diffrax.ImplicitAdjoint:
         return SteadyStateAdjoint(adjoint.linear_solver, adjoint.tags)
     return adjoint
+
+
+def _check_path(solver, solver_state, adjoint) -> None:
+    remedy = "Use `diffrax.VirtualBrownianTree` in place of `lrnde.BrownianPath`"
+    if not isinstance(adjoint, TapeAdjoint | CheckpointAdjoint):
+        raise ValueError(
+            f"{type(adjoint).__name__} does not know what to do between steps. {remedy}"
+            ", or `adjoint=lrnde.TapeAdjoint()`."
+        )
+    if isinstance(solver, diffrax.HalfSolver | diffrax.LeapfrogMidpoint):
+        raise ValueError(
+            f"{type(solver).__name__} asks for the noise of other intervals than its "
+            f"steps. {remedy}."
+        )
+    if solver_state is not None:
+        raise ValueError(f"`lrnde.BrownianPath` starts at the start. {remedy}.")
+
+
+def _check_memory(sol, overflowed, throw):
+    failed = diffrax.RESULTS.max_steps_rejected
+    result = diffrax.RESULTS.where(overflowed, failed, sol.result)
+    sol = eqx.tree_at(lambda s: s.result, sol, result)
+    return failed.error_if(sol, overflowed) if throw else sol
 
 
 def _as_diffrax_sees_them(terms, controller, direction):
@@ -216,28 +257,34 @@ def _prepare_solver(solver, controller, adjoint):
     return solver
 
 
-def _penalty(regularizer, problem, state: ControllerState, t0, t1, key):
+def _penalty(regularizer, problem, state: ControllerState, noise, t0, t1, key):
     step = jtu.tree_map(lambda x: x[0], state.reservoir.slots)
-    step = lax.stop_gradient(step)
+    step, noise = lax.stop_gradient((step, noise))
     if regularizer.step == "restarted":
         # As in the solve, time increases: it is negated if t1 lies before t0.
         t_end = jnp.where(t0 < t1, t1, -t1)
-        step = _restart(problem, step, t_end, regularizer.sampling, key)
-    taken = _take(problem, step)
+        step = _restart(problem, step, noise, t_end, regularizer.sampling, key)
+        if noise is not None:
+            # A new step has new noise.
+            path = problem[1].path
+            noise = path.draw(jr.fold_in(key, 2), step.t1 - step.t0)
+    taken = _take(problem, step, noise)
     # Not |t1 - t0|: an event may have ended the solve before t1.
     return lax.stop_gradient(state.reservoir.length) * regularizer.measure(taken)
 
 
-def _take(problem, step: Step) -> TakenStep:
+def _take(problem, step: Step, noise: Increment | None) -> TakenStep:
     terms, solver, controller, args = problem
+    if noise is not None:
+        terms, solver = show(terms, noise), solver.solver
     solver_state = solver.init(terms, step.t0, step.t1, step.y0, args)
     y1, y_error, dense_info, _, _ = solver.step(
         terms, step.t0, step.t1, step.y0, args, solver_state, made_jump=False
     )
-    return TakenStep(*problem, *step, y1, y_error, dense_info)
+    return TakenStep(terms, solver, controller, args, *step, y1, y_error, dense_info)
 
 
-def _restart(problem, step: Step, t_end, sampling, key) -> Step:
+def _restart(problem, step: Step, noise, t_end, sampling, key) -> Step:
     """A new step with a step size of its own, from a time inside a step of the solve.
 
     Nothing here is differentiated: where the new step starts and how long it is are
@@ -250,7 +297,7 @@ def _restart(problem, step: Step, t_end, sampling, key) -> Step:
         # The step is drawn in proportion to its length, so a uniform time inside it
         # is a uniform time of the whole solve.
         fraction = jr.uniform(jr.fold_in(key, 1), dtype=step.t0.dtype)
-        taken = _take((terms, solver, controller, args), step)
+        taken = _take((terms, solver, controller, args), step, noise)
         t = step.t0 + fraction * (step.t1 - step.t0)
         interpolation = solver.interpolation_cls(
             t0=step.t0, t1=step.t1, **taken.dense_info
@@ -280,10 +327,11 @@ def _finish(sol, saveat, state, adaptive, nfe) -> diffrax.Solution:
     """Hands back what was asked for, without the sampler's own state."""
     inner = state.inner if adaptive else state
     asked = inner if saveat.controller_state else None
+    solver_state = sol.solver_state if saveat.solver_state else None
     stats = {**sol.stats, **nfe}
     return eqx.tree_at(
-        lambda s: (s.controller_state, s.stats),
+        lambda s: (s.controller_state, s.solver_state, s.stats),
         sol,
-        (asked, stats),
+        (asked, solver_state, stats),
         is_leaf=lambda x: x is None,
     )

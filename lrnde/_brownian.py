@@ -1,0 +1,358 @@
+"""A Brownian path that is drawn as a solve goes, and remembers what it has shown."""
+
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Real
+
+
+class Increment(NamedTuple):
+    """What is known of a Brownian path over an interval.
+
+    - `w`: Its increment.
+    - `area`: Its space-time Levy area, `None` if nobody needs it.
+    """
+
+    w: PyTree[Array]
+    area: PyTree[Array] | None
+
+
+class BrownianPath(diffrax.AbstractBrownianPath):
+    """A Brownian motion for `lrnde.diffeqsolve`, many times as fast as a tree.
+
+    `diffrax.VirtualBrownianTree` finds the path at a time by going down a tree of
+    bridges: about a dozen draws of normal numbers for each step, which for a small
+    network cost more than the network. This path draws each step's noise once, when the
+    step is tried. If the step is rejected, what it has shown of the path is remembered:
+    shorter steps are drawn as bridges within it (Rackauckas and Nie, 2017), and a later
+    step ends where it ended (Foster and Jelincic, 2024). So adaptive steps do not bias
+    the path.
+
+    The price: the path belongs to one solve. Another tolerance or another parameter
+    means other steps, and other noise.
+
+    **Arguments:**
+
+    - `shape`: As for `diffrax.VirtualBrownianTree`: the shape of the noise, or a PyTree
+        of `jax.ShapeDtypeStruct`s.
+    - `key`: A `jax.random.key`.
+    - `levy_area`: `diffrax.SpaceTimeLevyArea`, or `diffrax.BrownianIncrement` for
+        solvers that need no Levy area.
+    - `memory`: How many rejected steps can be remembered at a time. A solve that
+        rejects more in a row fails.
+
+    **Raises:**
+
+    - `ValueError` if used outside `lrnde.diffeqsolve`, with an adjoint other than
+        `lrnde.TapeAdjoint` and `diffrax.RecursiveCheckpointAdjoint`, with a solver that
+        asks for the noise of parts of a step, or with a `solver_state` of an earlier
+        solve.
+    """
+
+    shape: PyTree[jax.ShapeDtypeStruct] = eqx.field(static=True)
+    key: PRNGKeyArray
+    levy_area: type = eqx.field(static=True)
+    memory: int = eqx.field(static=True)
+    known: Increment | None
+
+    def __init__(
+        self,
+        shape: tuple[int, ...] | PyTree[jax.ShapeDtypeStruct],
+        key: PRNGKeyArray,
+        levy_area: type = diffrax.SpaceTimeLevyArea,
+        memory: int = 16,
+    ):
+        if isinstance(shape, tuple) and all(isinstance(n, int) for n in shape):
+            shape = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
+        if levy_area not in (diffrax.SpaceTimeLevyArea, diffrax.BrownianIncrement):
+            raise ValueError(
+                f"levy_area={levy_area!r}: choose `diffrax.SpaceTimeLevyArea` or "
+                "`diffrax.BrownianIncrement`."
+            )
+        if memory < 1:
+            raise ValueError(f"memory={memory}: at least one step is remembered.")
+        self.shape, self.key, self.levy_area = shape, key, levy_area
+        self.memory = memory
+        self.known = None
+
+    @property
+    def t0(self):
+        return -jnp.inf
+
+    @property
+    def t1(self):
+        return jnp.inf
+
+    def evaluate(self, t0, t1=None, left=True, use_levy=False):
+        """The noise of the step at hand."""
+        del left
+        if self.known is None or t1 is None:
+            raise ValueError(
+                "lrnde.BrownianPath is drawn step by step in `lrnde.diffeqsolve`. To "
+                "look at the path, or for another solve, use "
+                "`diffrax.VirtualBrownianTree`."
+            )
+        if not use_levy:
+            return self.known.w
+        dt = jtu.tree_map(lambda w: (t1 - t0).astype(w.real.dtype), self.known.w)
+        if self.known.area is None:
+            return diffrax.BrownianIncrement(dt=dt, W=self.known.w)
+        return diffrax.SpaceTimeLevyArea(dt=dt, W=self.known.w, H=self.known.area)
+
+    def draw(self, key: PRNGKeyArray, length: Real[Array, ""]) -> Increment:
+        """The noise of an interval of which nothing is known."""
+        leaves, tree = jtu.tree_flatten(self.shape)
+        keys = jr.split(key, len(leaves))
+        with_area = self.levy_area is diffrax.SpaceTimeLevyArea
+
+        def draw(key, leaf):
+            normal = jr.normal(key, (1 + with_area, *leaf.shape), leaf.dtype)
+            return normal * jnp.sqrt(length).astype(leaf.dtype)
+
+        noise = [draw(key, leaf) for key, leaf in zip(keys, leaves, strict=True)]
+        noise = lax.stop_gradient(noise)
+        w = jtu.tree_unflatten(tree, [x[0] for x in noise])
+        if not with_area:
+            return Increment(w, None)
+        # The variance of the area is a twelfth of the length.
+        area = jtu.tree_unflatten(tree, [x[1] * 12**-0.5 for x in noise])
+        return Increment(w, area)
+
+    def split(
+        self,
+        key: PRNGKeyArray,
+        whole: Increment,
+        a: Real[Array, ""],
+        b: Real[Array, ""],
+    ) -> tuple[Increment, Increment]:
+        """The noise of both parts of an interval, given that of the whole.
+
+        **Arguments:**
+
+        - `key`: A `jax.random.key`.
+        - `whole`: What is known of the interval.
+        - `a`, `b`: The lengths of its parts.
+        """
+        # Draw both parts as if nothing were known, look what whole they make, and add
+        # the regression of the parts on the whole, times what the whole lacks. For
+        # Gaussian variables the result has exactly the conditional distribution.
+        left, right = (
+            self.draw(k, x) for k, x in zip(jr.split(key), (a, b), strict=True)
+        )
+        length = jnp.where(a + b > 0, a + b, 1)
+        p, q = a / length, b / length
+        made = join(left, right, p, q)
+        lacks = jtu.tree_map(jnp.subtract, whole, made)
+
+        def corrected(part, share, slope):
+            w = _add(part.w, lacks.w, share)
+            if part.area is None:
+                return Increment(w, None)
+            area = _add(part.area, lacks.area, share * share)
+            return Increment(_add(w, lacks.area, slope), area)
+
+        slope = 6 * p * q
+        return corrected(left, p, slope), corrected(right, q, -slope)
+
+
+def join(
+    left: Increment, right: Increment, p: Real[Array, ""], q: Real[Array, ""]
+) -> Increment:
+    """The noise of an interval from that of its parts, Chen's relation.
+
+    **Arguments:**
+
+    - `left`, `right`: What is known of the parts.
+    - `p`, `q`: Their shares in the length of the whole.
+    """
+    w = _add(left.w, right.w, 1)
+    if left.area is None:
+        return Increment(w, None)
+    area = jtu.tree_map(jnp.zeros_like, left.area)
+    for tree, factor in (
+        (left.area, p),
+        (right.area, q),
+        (left.w, q / 2),
+        (right.w, -p / 2),
+    ):
+        area = _add(area, tree, factor)
+    return Increment(w, area)
+
+
+def _add(x: PyTree[Array], y: PyTree[Array], factor) -> PyTree[Array]:
+    return jtu.tree_map(lambda x, y: x + jnp.asarray(factor, x.dtype) * y, x, y)
+
+
+class Memory(NamedTuple):
+    """All that a solve remembers of its Brownian path.
+
+    - `current`: The noise of the step at hand.
+    - `ends`: The ends of the intervals ahead, the nearest last.
+    - `ahead`: Their noise. A last row takes writes that nobody wants.
+    - `depth`: How many there are.
+    - `overflowed`: Whether there were too many at some time.
+    - `samples`: As `lrnde._sampling.Reservoir.slots`: the noise of the sampled step.
+    """
+
+    current: Increment
+    ends: Real[Array, " rows"]
+    ahead: Increment
+    depth: Int[Array, ""]
+    overflowed: Bool[Array, ""]
+    samples: Increment | None
+
+
+class RememberingSolver(diffrax.AbstractWrappedSolver):
+    """Gives a solver the noise of each of its steps, and keeps the memory.
+
+    The solver's state is a pair of the inner solver's state and a `Memory`. diffrax
+    puts a solver's state back when a step is rejected; so what a rejected step has
+    shown is noted by `go_on`, between two steps.
+    """
+
+    solver: diffrax.AbstractSolver
+    path: BrownianPath
+    sampled: bool = eqx.field(static=True)
+
+    @property
+    def term_structure(self):
+        return self.solver.term_structure
+
+    @property
+    def interpolation_cls(self):
+        return self.solver.interpolation_cls
+
+    @property
+    def term_compatible_contr_kwargs(self):
+        return self.solver.term_compatible_contr_kwargs
+
+    def order(self, terms):
+        return self.solver.order(terms)
+
+    def strong_order(self, terms):
+        return self.solver.strong_order(terms)
+
+    def error_order(self, terms):
+        return self.solver.error_order(terms)
+
+    def func(self, terms, t0, y0, args):
+        return self.solver.func(terms, t0, y0, args)
+
+    def init(self, terms, t0, t1, y0, args):
+        current = self.path.draw(jr.fold_in(self.path.key, 0), t1 - t0)
+        rows = self.path.memory + 1
+        memory = Memory(
+            current,
+            jnp.zeros(rows, jnp.result_type(t0)),
+            jtu.tree_map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), current),
+            jnp.zeros((), jnp.int32),
+            jnp.zeros((), bool),
+            jtu.tree_map(lambda x: jnp.stack([x, x]), current)
+            if self.sampled
+            else None,
+        )
+        terms = show(terms, current)
+        return self.solver.init(terms, t0, t1, y0, args), memory
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        inner, memory = solver_state
+        terms = show(terms, memory.current)
+        *rest, inner, result = self.solver.step(
+            terms, t0, t1, y0, args, inner, made_jump
+        )
+        return *rest, (inner, memory), result
+
+    def go_on(self, before: Any, after: Any) -> Any:
+        """Draws the noise of the next step.
+
+        **Arguments:**
+
+        - `before`, `after`: The state of diffrax's loop before and after a step.
+
+        **Returns:**
+
+        The state to go on from.
+        """
+        inner, memory = after.solver_state
+        rejected = after.num_accepted_steps == before.num_accepted_steps
+        row = jnp.where(rejected, memory.depth, memory.depth - 1)
+        known = row >= 0
+        end = jnp.where(rejected, before.tnext, memory.ends[row])
+        tnext = jnp.where(known, jnp.minimum(after.tnext, end), after.tnext)
+        length = jnp.maximum(tnext - after.tprev, 0)
+        key = jr.fold_in(self.path.key, after.num_steps)
+
+        def split():
+            nearest = jtu.tree_map(lambda x: x[row], memory.ahead)
+            whole = jtu.tree_map(
+                lambda x, y: jnp.where(rejected, x, y), memory.current, nearest
+            )
+            return self.path.split(key, whole, length, jnp.maximum(end - tnext, 0))
+
+        def fresh():
+            drawn = self.path.draw(key, length)
+            return drawn, drawn
+
+        current, rest = lax.cond(known, split, fresh)
+        ahead = known & (tnext < end)
+        last = self.path.memory
+        slot = jnp.where(ahead, jnp.minimum(row, last), last)
+        memory = Memory(
+            current,
+            memory.ends.at[slot].set(end),
+            jtu.tree_map(lambda xs, x: xs.at[slot].set(x), memory.ahead, rest),
+            jnp.where(ahead, jnp.minimum(row + 1, last), jnp.maximum(row, 0)),
+            memory.overflowed | (ahead & (row >= last)),
+            self._sample(before, after, memory),
+        )
+        return eqx.tree_at(
+            lambda s: (s.tnext, s.solver_state), after, (tnext, (inner, memory))
+        )
+
+    def _sample(self, before, after, memory: Memory) -> Increment | None:
+        if not self.sampled:
+            return None
+        old, new = (s.controller_state.reservoir.replacements for s in (before, after))
+        slot = jnp.where(new > old, 0, 1)
+        return jtu.tree_map(
+            lambda x, xs: xs.at[slot].set(x), memory.current, memory.samples
+        )
+
+
+def _is_path(x) -> bool:
+    return isinstance(x, BrownianPath)
+
+
+def find_path(terms: PyTree[diffrax.AbstractTerm]) -> BrownianPath | None:
+    """The `BrownianPath` of these terms, if there is one.
+
+    **Raises:**
+
+    - `ValueError` if there are several.
+    """
+    paths = [x for x in jtu.tree_leaves(terms, is_leaf=_is_path) if _is_path(x)]
+    if len(paths) > 1:
+        raise ValueError(
+            "these terms have several `lrnde.BrownianPath`s. Use one whose shape is a "
+            "PyTree, or `diffrax.VirtualBrownianTree`s."
+        )
+    return paths[0] if paths else None
+
+
+def show(
+    terms: PyTree[diffrax.AbstractTerm], known: Increment
+) -> PyTree[diffrax.AbstractTerm]:
+    """The same terms, their path knowing the noise of the step at hand."""
+
+    def replace(x):
+        if not _is_path(x):
+            return x
+        return eqx.tree_at(lambda p: p.known, x, known, is_leaf=lambda x: x is None)
+
+    return jtu.tree_map(replace, terms, is_leaf=_is_path)
