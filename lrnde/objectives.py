@@ -27,3 +27,20 @@ def accuracy(
 ) -> Float[Array, ""]:
     """The fraction of examples classified correctly."""
     return correct(logits, labels).mean()
+
+
+def moment_distance(
+    paths: Float[Array, "trajectories times size"],
+    means: Float[Array, "times size"],
+    variances: Float[Array, "times size"],
+) -> Float[Array, ""]:
+    """How far means and variances of paths are from given ones.
+
+    $\\langle (m - \\mu)^2 \\rangle + \\langle (v - \\sigma^2)^2 \\rangle$ with the
+    sample mean $m$ and the unbiased sample variance $v$ over trajectories; the brackets
+    are means over times and components.
+    """
+    found = paths.mean(axis=0), paths.var(axis=0, ddof=1)
+    return sum(
+        jnp.mean((a - b) ** 2) for a, b in zip(found, (means, variances), strict=True)
+    )

@@ -69,10 +69,14 @@ def run(configs: Sequence[Config], deadline: float) -> bool:
             return False
         path = records.save(finished.record, RESULTS)
         metrics = finished.record["metrics"]
+        figures = [
+            f"{name.replace('_', ' ')} {metrics[name]:.4g}"
+            for name in ("test_accuracy", "test_loss", "test_nfe")
+            if name in metrics
+        ]
+        seconds = time.monotonic() - started
         print(
-            f"{config.name}: {time.monotonic() - started:.0f} s, test accuracy "
-            f"{metrics['test_accuracy']:.4f}, test NFE {metrics['test_nfe']:.1f}, "
-            f"record {path}",
+            f"{config.name}: {seconds:.0f} s, {', '.join(figures)}, record {path}",
             flush=True,
         )
     return True

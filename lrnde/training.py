@@ -23,7 +23,6 @@ from ._files import write_atomically
 from ._regularizers import AbstractRegularizer
 
 _MAGIC = b"lrnde checkpoint 1\n"
-_CURVES = ("loss", "penalty", "accuracy", "nfe")
 
 
 class TrainingError(RuntimeError):
@@ -35,13 +34,13 @@ class Evaluation(NamedTuple):
 
     - `loss`: The data's part of the loss.
     - `penalty`: The regularizer's penalty, not yet weighted.
-    - `accuracy`: Any figure of merit to show and record.
+    - `merits`: Figures of merit to show and record, for example an accuracy.
     - `nfe`, `num_steps`, `successful`: Of the solve; see `lrnde.models.Prediction`.
     """
 
     loss: Real[Array, ""]
     penalty: Real[Array, ""]
-    accuracy: Real[Array, ""]
+    merits: dict[str, Real[Array, ""]]
     nfe: Int[Array, ""]
     num_steps: Int[Array, ""]
     successful: Bool[Array, ""]
@@ -152,18 +151,29 @@ class History:
 
     every: int = 10
     curves: dict[str, list[int | float]] = field(
-        default_factory=lambda: {name: [] for name in ("step", *_CURVES)}
+        default_factory=lambda: {
+            name: [] for name in ("step", "loss", "penalty", "nfe")
+        }
     )
-    pending: list[list[float]] = field(default_factory=list)
+    pending: list[dict[str, float]] = field(default_factory=list)
 
     def add(self, step: int, evaluation: Evaluation) -> None:
         """Adds what training step number `step` (from one) came to."""
-        self.pending.append([float(getattr(evaluation, name)) for name in _CURVES])
+        named = dict(
+            loss=evaluation.loss,
+            penalty=evaluation.penalty,
+            nfe=evaluation.nfe,
+            **evaluation.merits,
+        )
+        self.pending.append({name: float(value) for name, value in named.items()})
         if step % self.every:
             return
-        self.curves["step"].append(step)
-        for name, values in zip(_CURVES, zip(*self.pending, strict=True), strict=True):
-            self.curves[name].append(sum(values) / len(values))
+        means = {
+            name: sum(values[name] for values in self.pending) / len(self.pending)
+            for name in named
+        }
+        for name, value in {"step": step, **means}.items():
+            self.curves.setdefault(name, []).append(value)
         self.pending = []
 
 
@@ -448,6 +458,6 @@ def fit(
 def _postfix(evaluation: Evaluation) -> dict[str, str]:
     return {
         "loss": f"{evaluation.loss:.3f}",
-        "accuracy": f"{evaluation.accuracy:.3f}",
+        **{name: f"{value:.3f}" for name, value in evaluation.merits.items()},
         "nfe": str(evaluation.nfe),
     }

@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lrnde
-from lrnde import experiments, training
-from lrnde.experiments import classification, Config
+from lrnde import data, experiments, training
+from lrnde.experiments import classification, MNISTNode
 from lrnde.models import NeuralODEClassifier
 from lrnde.training import fit, History, schedule, State, StepBudget, TrainingError
 
@@ -294,7 +294,7 @@ RUN = """
 import json, sys
 from pathlib import Path
 from lrnde import experiments
-config = experiments.Config(**json.loads(sys.argv[1]))
+config = experiments.MNISTNode(**json.loads(sys.argv[1]))
 run = experiments.run(config, checkpoint=Path(sys.argv[2]), progress=False)
 record = {k: run.record[k] for k in ("config", "metrics", "curves", "config_hash")}
 record["step"] = run.record["curves"]["step"]
@@ -325,7 +325,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     whole, killed = (tmp_path / f"{name}.json" for name in ("whole", "killed"))
     assert whole.read_text() == killed.read_text()
     states = [
-        experiments.load_state(Config(**config), experiments.data.digits(), path)
+        experiments.load_state(MNISTNode(**config), data.digits(), path)
         for path in (tmp_path / "whole.ckpt", checkpoint)
     ]
     assert_same_state(*states)

@@ -1,8 +1,10 @@
 """Experiments: from a configuration to a trained model and a record.
 
-The notebooks and `python -m lrnde.run` both call `run`.
+The notebooks and `python -m lrnde.run` both call `run`. An experiment is a subclass of
+`Config`, which says what its data, model, objective and metrics are.
 """
 
+import abc
 import functools
 import itertools
 import math
@@ -12,19 +14,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import optax
+from jaxtyping import PyTree
 
-from . import _explicit, data, records
-from ._regularizers import AbstractRegularizer, LocalError, LocalStiffness
-from .models import NeuralODEClassifier
-from .objectives import accuracy, correct, cross_entropy
-from .timing import interleave
-from .training import (
+from .. import _explicit, _sri, records
+from .._regularizers import AbstractRegularizer, LocalError, LocalStiffness
+from ..timing import interleave
+from ..training import (
     Evaluation,
     fit,
     load_checkpoint,
@@ -48,62 +49,55 @@ SOLVERS = {
     "dopri5": _explicit.Dopri5,
     "bosh3": _explicit.Bosh3,
     "dopri8": _explicit.Dopri8,
+    "sosri": _sri.SOSRI,
+    "sosri2": _sri.SOSRI2,
+    "sriw2": _sri.SRIW2,
 }
 
 OPTIMIZERS = {"adam": optax.adam, "adamax": optax.adamax, "adabelief": optax.adabelief}
 
 
 # What training may use, evaluation may use: it sets no memory aside for its steps.
-_MAX_STEPS = StepBudget().limit
+MAX_STEPS = StepBudget().limit
 
 
-def _constant(value: float):
+def constant(value: float):
+    """A field of a configuration that holds a constant schedule."""
     return field(default_factory=lambda: {"kind": "constant", "value": value})
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(abc.ABC):
     """Everything that decides the outcome of a run.
+
+    Subclasses are experiments. They add settings of their own.
 
     **Arguments:**
 
     - `experiment`: Name of the experiment; the first folder of its records.
     - `tier`: Size of the run: smoke, book, cpu or paper.
     - `method`: One of `REGULARIZERS`.
-    - `seed`: Decides initial parameters, order of the data and sampled steps.
-    - `dataset`: A data set of `lrnde.data.load`.
-    - `validation`: Hold out that many training examples and report on them in place of
-        the test set; for choosing settings. 0 reports on the test set.
-    - `hidden`: Width of the vector field's hidden layer.
+    - `seed`: Decides initial parameters, order of the data, noise and sampled steps.
     - `solver`: One of `SOLVERS`.
     - `tolerance`: Relative and absolute tolerance of the solves.
-    - `batch_size`: Training examples in one batch, which is one solve.
     - `steps`: Training steps.
     - `optimizer`: One of `OPTIMIZERS`.
     - `learning_rate`: A `lrnde.training.schedule`.
     - `weight`: A `lrnde.training.schedule` of the penalty's weight. Without effect for
         the method "vanilla".
-    - `eval_batch_size`: Examples in one batch of the evaluation.
-    - `eval_train_size`: Training examples used for the training metrics.
     - `precision`: Precision of matrix products, as in `jax.default_matmul_precision`.
     """
 
-    experiment: str = "mnist-node"
+    experiment: str
     tier: str = "book"
     method: str = "vanilla"
     seed: int = 0
-    dataset: str = "digits"
-    validation: int = 0
-    hidden: int = 100
     solver: str = "tsit5"
     tolerance: float = 1e-6
-    batch_size: int = 128
     steps: int = 1000
     optimizer: str = "adam"
-    learning_rate: dict[str, Any] = _constant(1e-3)
-    weight: dict[str, Any] = _constant(1.0)
-    eval_batch_size: int = 512
-    eval_train_size: int = 10_000
+    learning_rate: dict[str, Any] = constant(1e-3)
+    weight: dict[str, Any] = constant(1.0)
     precision: str = "highest"
 
     def __post_init__(self):
@@ -117,143 +111,61 @@ class Config:
                     f"{name}={getattr(self, name)!r} is not known; choose one of "
                     f"{', '.join(choices)}."
                 )
-        for name in (
-            "batch_size",
-            "steps",
-            "hidden",
-            "eval_batch_size",
-            "eval_train_size",
-        ):
+        for name in self.counts():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1.")
+
+    @classmethod
+    def counts(cls) -> tuple[str, ...]:
+        """Settings that have to be at least one."""
+        return ("steps",)
 
     @property
     def name(self) -> str:
         """Names the run within its experiment and tier."""
         return f"{self.method}-seed{self.seed}"
 
+    @abc.abstractmethod
+    def load_data(self) -> Any:
+        """The data of the run."""
 
-def configs(settings: Mapping[str, Any]) -> list[Config]:
-    """One configuration for each method and seed of a parameters file.
+    @abc.abstractmethod
+    def make_model(self, dataset: Any) -> eqx.Module:
+        """The untrained model."""
 
-    **Arguments:**
+    @abc.abstractmethod
+    def batches(self, dataset: Any) -> Callable[[int], PyTree]:
+        """From a training step to its batch."""
 
-    - `settings`: The fields of `Config`, with `methods` and `seeds` (lists) in place of
-        `method` and `seed`.
+    @abc.abstractmethod
+    def objective(self, model: eqx.Module, batch: PyTree, **kwargs) -> Evaluation:
+        """What to train for; see `lrnde.training.fit`."""
 
-    **Returns:**
+    @abc.abstractmethod
+    def metrics(self, model: eqx.Module, dataset: Any) -> dict[str, float]:
+        """Losses, NFE and more of a trained model, on training and test data."""
 
-    A list, seeds first: all methods of the first seed, then those of the second.
+    @abc.abstractmethod
+    def prediction(self, dataset: Any) -> tuple[Callable[[eqx.Module], Any], int]:
+        """A prediction to time, a function of the model, and how large its batch is."""
 
-    **Raises:**
+    def make_solver(self) -> diffrax.AbstractSolver:
+        """The solver."""
+        return SOLVERS[self.solver]()
 
-    - `ValueError` without methods or seeds, and as `Config`.
-    """
-    settings = dict(settings)
-    for name in ("methods", "seeds"):
-        if name not in settings:
-            raise ValueError(f"no {name} in these settings: {', '.join(settings)}.")
-    methods, seeds = settings.pop("methods"), settings.pop("seeds")
-    return [
-        Config(**settings, method=method, seed=seed)
-        for seed in seeds
-        for method in methods
-    ]
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """The optimiser, its learning rate schedule included."""
+        return OPTIMIZERS[self.optimizer](schedule(self.learning_rate, self.steps))
 
-
-def load_data(config: Config) -> data.Dataset:
-    """The data set of a run, its test part replaced if validation is asked for."""
-    dataset = data.load(config.dataset)
-    if config.validation:
-        return data.validation_split(dataset, config.validation, seed=0)
-    return dataset
-
-
-def make_model(config: Config, dataset: data.Dataset) -> NeuralODEClassifier:
-    """The untrained model of a run."""
-    return NeuralODEClassifier(
-        size=dataset.x_train.shape[1],
-        hidden=config.hidden,
-        classes=dataset.num_classes,
-        solver=SOLVERS[config.solver](),
-        tolerance=config.tolerance,
-        key=jr.fold_in(jr.key(config.seed), 0),
-    )
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """The optimiser of a run, its learning rate schedule included."""
-    return OPTIMIZERS[config.optimizer](schedule(config.learning_rate, config.steps))
-
-
-def classification(model: NeuralODEClassifier, batch, **kwargs) -> Evaluation:
-    """The objective of a classifier: cross-entropy, with the accuracy beside it."""
-    x, y = batch
-    prediction = model(x, **kwargs)
-    return Evaluation(
-        loss=cross_entropy(prediction.logits, y),
-        penalty=prediction.penalty,
-        accuracy=accuracy(prediction.logits, y),
-        nfe=prediction.nfe,
-        num_steps=prediction.num_steps,
-        successful=prediction.successful,
-    )
-
-
-class Scores(NamedTuple):
-    """Loss and accuracy over examples, mean NFE over batches."""
-
-    loss: float
-    accuracy: float
-    nfe: float
-
-
-@eqx.filter_jit
-def _score(model, x, y, mask):
-    prediction = model(x, max_steps=_MAX_STEPS)
-    losses = optax.softmax_cross_entropy_with_integer_labels(prediction.logits, y)
-    hits = correct(prediction.logits, y)
-    sums = jnp.sum(losses * mask), jnp.sum(hits & mask)
-    return *sums, prediction.nfe, prediction.successful
-
-
-def evaluate(
-    model: NeuralODEClassifier, x: np.ndarray, y: np.ndarray, batch_size: int
-) -> Scores:
-    """Evaluates a classifier, without any regularizer.
-
-    **Arguments:**
-
-    - `model`: The classifier.
-    - `x`: Inputs, a row an example.
-    - `y`: Labels.
-    - `batch_size`: Examples in one solve. The NFE depends on it, since the error of a
-        step is a mean over the batch.
-
-    **Raises:**
-
-    - `RuntimeError` if a solve does not reach its end.
-    """
-    loss, hits, nfes = 0.0, 0, []
-    for rows, mask in data.padded_batches(len(x), min(batch_size, len(x))):
-        out = jax.device_get(_score(model, x[rows], y[rows], mask))
-        if not out[3]:
-            raise RuntimeError(
-                f"evaluation: a solve needs more than {_MAX_STEPS} steps, the limit of "
-                "the training. Loosen the tolerance or train with a larger weight."
-            )
-        loss, hits = loss + float(out[0]), hits + int(out[1])
-        nfes.append(int(out[2]))
-    return Scores(loss / len(x), hits / len(x), sum(nfes) / len(nfes))
-
-
-@eqx.filter_jit
-def _predict(model, x):
-    return model(x, max_steps=_MAX_STEPS).logits
+    def key(self, purpose: int) -> jax.Array:
+        """A key of the run: 0 for its parameters, 1 for training, 2 for evaluation."""
+        return jr.fold_in(jr.key(self.seed), purpose)
 
 
 def time_predictions(
-    models: Mapping[str, Callable], x: np.ndarray, repeats: int = 20
+    predict: Callable[[eqx.Module], Any],
+    models: Mapping[str, eqx.Module],
+    repeats: int = 20,
 ) -> dict[str, float]:
     """Times predictions of several models side by side.
 
@@ -261,18 +173,16 @@ def time_predictions(
 
     **Arguments:**
 
+    - `predict`: What to time, a function of the model.
     - `models`: From a name to a model.
-    - `x`: One batch.
     - `repeats`: How often every model is timed, after a run that compiles.
 
     **Returns:**
 
     From the name to the median wall time of one prediction, in seconds.
     """
-    x = jnp.asarray(x)
-    calls = {
-        name: functools.partial(_predict, model, x) for name, model in models.items()
-    }
+    compiled = eqx.filter_jit(predict)
+    calls = {name: functools.partial(compiled, model) for name, model in models.items()}
     return _medians(interleave(calls, repeats))
 
 
@@ -283,7 +193,7 @@ def _medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
 class Run(NamedTuple):
     """A finished run: the trained model and its record."""
 
-    model: NeuralODEClassifier
+    model: eqx.Module
     record: dict[str, Any]
 
 
@@ -309,7 +219,7 @@ def run(
     """
     provenance = records.provenance(config.precision)
     with jax.default_matmul_precision(config.precision):
-        dataset = load_data(config)
+        dataset = config.load_data()
         state = train(config, dataset, checkpoint, deadline, progress)
         if state.step < config.steps:
             return None
@@ -318,26 +228,19 @@ def run(
 
 def train(
     config: Config,
-    dataset: data.Dataset,
+    dataset: Any,
     checkpoint: Path | None = None,
     deadline: float = math.inf,
     progress: bool = True,
 ) -> State:
     """Trains the model of a configuration; see `run`."""
-    x, y = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train)
-    order = data.Batches(len(x), config.batch_size, config.seed)
-
-    def batches(step):
-        rows = jnp.asarray(order[step])
-        return x[rows], y[rows]
-
     return fit(
-        make_model(config, dataset),
-        classification,
-        batches,
+        config.make_model(dataset),
+        config.objective,
+        config.batches(dataset),
         steps=config.steps,
-        optimizer=make_optimizer(config),
-        key=jr.fold_in(jr.key(config.seed), 1),
+        optimizer=config.make_optimizer(),
+        key=config.key(1),
         regularizer=REGULARIZERS[config.method],
         weight=schedule(config.weight, config.steps),
         budget=StepBudget(),
@@ -349,19 +252,9 @@ def train(
 
 
 def _record(config: Config, dataset, state: State, provenance) -> dict[str, Any]:
-    size = config.eval_batch_size
-    head = slice(config.eval_train_size)
-    train_scores = evaluate(
-        state.model, dataset.x_train[head], dataset.y_train[head], size
-    )
-    test_scores = evaluate(state.model, dataset.x_test, dataset.y_test, size)
-    batch = dataset.x_test[:size]
-    predict = time_predictions({"model": state.model}, batch)["model"]
-    metrics = {
-        f"{part}_{name}": value
-        for part, scores in (("train", train_scores), ("test", test_scores))
-        for name, value in scores._asdict().items()
-    }
+    metrics = config.metrics(state.model, dataset)
+    predict, size = config.prediction(dataset)
+    seconds = time_predictions(predict, {"model": state.model})["model"]
     return records.seal(
         dict(
             experiment=config.experiment,
@@ -374,8 +267,8 @@ def _record(config: Config, dataset, state: State, provenance) -> dict[str, Any]
                 compile_seconds=state.compile_seconds,
                 train_seconds=state.seconds,
                 train_step_seconds=state.seconds / config.steps,
-                predict_seconds=predict,
-                predict_batch=len(batch),
+                predict_seconds=seconds,
+                predict_batch=size,
             ),
             curves=state.history.curves,
             provenance=provenance,
@@ -386,7 +279,7 @@ def _record(config: Config, dataset, state: State, provenance) -> dict[str, Any]
 class Times(NamedTuple):
     """Median wall times of a trained model, in seconds.
 
-    - `predict_seconds`: One prediction for `eval_batch_size` test examples.
+    - `predict_seconds`: One prediction, `Config.prediction`.
     - `train_step_seconds`: One training step, as the next one would be.
     """
 
@@ -394,11 +287,11 @@ class Times(NamedTuple):
     train_step_seconds: float
 
 
-def load_state(config: Config, dataset: data.Dataset, checkpoint: Path) -> State:
+def load_state(config: Config, dataset: Any, checkpoint: Path) -> State:
     """What a run has come to, from its checkpoint."""
-    model = make_model(config, dataset)
+    model = config.make_model(dataset)
     params = eqx.filter(model, eqx.is_inexact_array)
-    like = State(model, make_optimizer(config).init(params))
+    like = State(model, config.make_optimizer().init(params))
     return load_checkpoint(checkpoint, like, records.config_hash(asdict(config)))
 
 
@@ -420,12 +313,12 @@ def measure(
     From `Config.name` to its `Times`.
     """
     first = configs[0]
-    dataset = load_data(first)
+    dataset = first.load_data()
     states = {c.name: load_state(c, dataset, checkpoints(c)) for c in configs}
     with jax.default_matmul_precision(first.precision):
         predict = time_predictions(
+            first.prediction(dataset)[0],
             {name: state.model for name, state in states.items()},
-            dataset.x_test[: first.eval_batch_size],
             repeats,
         )
         train = _time_train_steps(configs, states, dataset, repeats)
@@ -436,15 +329,14 @@ def _time_train_steps(configs, states, dataset, repeats) -> dict[str, float]:
     # Seeds of one method share a compiled step.
     steps = {
         c.method: make_step(
-            classification,
-            make_optimizer(c),
+            c.objective,
+            c.make_optimizer(),
             schedule(c.weight, c.steps),
             REGULARIZERS[c.method],
         )
         for c in configs
     }
-    rows = slice(configs[0].batch_size)
-    batch = jnp.asarray(dataset.x_train[rows]), jnp.asarray(dataset.y_train[rows])
+    batch = configs[0].batches(dataset)(0)
     keys = itertools.count()
 
     def train_step(config):

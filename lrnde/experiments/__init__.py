@@ -1,0 +1,64 @@
+"""Experiments: from a configuration to a trained model and a record.
+
+The notebooks and `python -m lrnde.run` both call `run`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ._classification import classification as classification
+from ._classification import Classifier as Classifier
+from ._classification import evaluate as evaluate
+from ._classification import MNISTNode as MNISTNode
+from ._classification import MNISTNSDE as MNISTNSDE
+from ._classification import Scores as Scores
+from ._run import Config as Config
+from ._run import load_state as load_state
+from ._run import measure as measure
+from ._run import OPTIMIZERS as OPTIMIZERS
+from ._run import REGULARIZERS as REGULARIZERS
+from ._run import Run as Run
+from ._run import run as run
+from ._run import SOLVERS as SOLVERS
+from ._run import time_predictions as time_predictions
+from ._run import Times as Times
+from ._run import train as train
+from ._spiral import Spiral as Spiral
+
+EXPERIMENTS: dict[str, type[Config]] = {
+    config.experiment: config for config in (MNISTNode, MNISTNSDE, Spiral)
+}
+
+
+def configs(settings: Mapping[str, Any]) -> list[Config]:
+    """One configuration for each method and seed of a parameters file.
+
+    **Arguments:**
+
+    - `settings`: `experiment`, one of `EXPERIMENTS`, and the fields of its `Config`,
+        with `methods` and `seeds` (lists) in place of `method` and `seed`.
+
+    **Returns:**
+
+    A list, seeds first: all methods of the first seed, then those of the second.
+
+    **Raises:**
+
+    - `ValueError` without methods or seeds, for an unknown experiment, and as `Config`.
+    """
+    settings = dict(settings)
+    for name in ("experiment", "methods", "seeds"):
+        if name not in settings:
+            raise ValueError(f"no {name} in these settings: {', '.join(settings)}.")
+    if settings["experiment"] not in EXPERIMENTS:
+        raise ValueError(
+            f"experiment={settings['experiment']!r} is not known; choose one of "
+            f"{', '.join(EXPERIMENTS)}."
+        )
+    make = EXPERIMENTS[settings["experiment"]]
+    methods, seeds = settings.pop("methods"), settings.pop("seeds")
+    return [
+        make(**settings, method=method, seed=seed)
+        for seed in seeds
+        for method in methods
+    ]

@@ -1,0 +1,218 @@
+"""Experiments that classify images: MNIST with a neural ODE and a neural SDE."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+
+from .. import data
+from ..models import NeuralODEClassifier, NeuralSDEClassifier
+from ..objectives import accuracy, correct, cross_entropy
+from ..training import Evaluation
+from ._run import Config, constant, MAX_STEPS
+
+
+class Scores(NamedTuple):
+    """Loss and accuracy over examples, mean NFE over batches."""
+
+    loss: float
+    accuracy: float
+    nfe: float
+
+
+def classification(model: eqx.Module, batch, **kwargs) -> Evaluation:
+    """The objective of a classifier: cross-entropy, with the accuracy beside it."""
+    x, y = batch
+    prediction = model(x, **kwargs)
+    return Evaluation(
+        loss=cross_entropy(prediction.logits, y),
+        penalty=prediction.penalty,
+        merits={"accuracy": accuracy(prediction.logits, y)},
+        nfe=prediction.nfe,
+        num_steps=prediction.num_steps,
+        successful=prediction.successful,
+    )
+
+
+@eqx.filter_jit
+def _score(model, x, y, mask, kwargs):
+    prediction = model(x, max_steps=MAX_STEPS, **kwargs)
+    losses = optax.softmax_cross_entropy_with_integer_labels(prediction.logits, y)
+    hits = correct(prediction.logits, y)
+    sums = jnp.sum(losses * mask), jnp.sum(hits & mask)
+    return *sums, prediction.nfe, prediction.successful
+
+
+def evaluate(
+    model: eqx.Module,
+    x: np.ndarray,
+    y: np.ndarray,
+    batch_size: int,
+    key: jax.Array | None = None,
+    **kwargs: Any,
+) -> Scores:
+    """Evaluates a classifier, without any regularizer.
+
+    **Arguments:**
+
+    - `model`: The classifier.
+    - `x`: Inputs, a row an example.
+    - `y`: Labels.
+    - `batch_size`: Examples in one solve. The NFE depends on it, since the error of a
+        step is a mean over the batch.
+    - `key`: A `jax.random.key` for a stochastic model.
+    - `kwargs`: What else the model is called with.
+
+    **Raises:**
+
+    - `RuntimeError` if a solve does not reach its end.
+    """
+    loss, hits, nfes = 0.0, 0, []
+    for rows, mask in data.padded_batches(len(x), min(batch_size, len(x))):
+        if key is not None:
+            kwargs["key"] = jr.fold_in(key, len(nfes))
+        out = jax.device_get(_score(model, x[rows], y[rows], mask, kwargs))
+        if not out[3]:
+            raise RuntimeError(
+                f"evaluation: a solve needs more than {MAX_STEPS} steps, the limit of "
+                "the training. Loosen the tolerance or train with a larger weight."
+            )
+        loss, hits = loss + float(out[0]), hits + int(out[1])
+        nfes.append(int(out[2]))
+    return Scores(loss / len(x), hits / len(x), sum(nfes) / len(nfes))
+
+
+@dataclass(frozen=True)
+class Classifier(Config):
+    """A classifier of images.
+
+    **Arguments:** those of `Config`, and
+
+    - `dataset`: A data set of `lrnde.data.load`.
+    - `validation`: Hold out that many training examples and report on them in place of
+        the test set; for choosing settings. 0 reports on the test set.
+    - `hidden`: Width of the hidden layer of the vector field.
+    - `batch_size`: Training examples in one batch, which is one solve.
+    - `eval_batch_size`: Examples in one batch of the evaluation.
+    - `eval_train_size`: Training examples used for the training metrics.
+    """
+
+    dataset: str = "digits"
+    validation: int = 0
+    hidden: int = 100
+    batch_size: int = 128
+    eval_batch_size: int = 512
+    eval_train_size: int = 10_000
+
+    @classmethod
+    def counts(cls):
+        sizes = ("batch_size", "hidden", "eval_batch_size", "eval_train_size")
+        return (*super().counts(), *sizes)
+
+    def load_data(self) -> data.Dataset:
+        """The data set, its test part replaced if validation is asked for."""
+        dataset = data.load(self.dataset)
+        if self.validation:
+            return data.validation_split(dataset, self.validation, seed=0)
+        return dataset
+
+    def batches(self, dataset):
+        x, y = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train)
+        order = data.Batches(len(x), self.batch_size, self.seed)
+
+        def batch(step):
+            rows = jnp.asarray(order[step])
+            return x[rows], y[rows]
+
+        return batch
+
+    def objective(self, model, batch, **kwargs):
+        return classification(model, batch, **kwargs)
+
+    def evaluation(self) -> dict[str, Any]:
+        """What `evaluate` is called with, besides model, data and batch size."""
+        return {}
+
+    def metrics(self, model, dataset):
+        head = slice(self.eval_train_size)
+        parts = {
+            "train": (dataset.x_train[head], dataset.y_train[head]),
+            "test": (dataset.x_test, dataset.y_test),
+        }
+        return {
+            f"{part}_{name}": value
+            for part, (x, y) in parts.items()
+            for name, value in evaluate(
+                model, x, y, self.eval_batch_size, **self.evaluation()
+            )
+            ._asdict()
+            .items()
+        }
+
+    def prediction(self, dataset) -> tuple[Callable, int]:
+        x = jnp.asarray(dataset.x_test[: self.eval_batch_size])
+        key = self.key(2)
+        return lambda model: model(x, key=key, max_steps=MAX_STEPS).logits, len(x)
+
+
+@dataclass(frozen=True)
+class MNISTNode(Classifier):
+    """A neural ODE on flattened images, the first experiment of Pal et al. (2023)."""
+
+    experiment: str = "mnist-node"
+
+    def make_model(self, dataset) -> NeuralODEClassifier:
+        """The untrained model."""
+        return NeuralODEClassifier(
+            size=dataset.x_train.shape[1],
+            hidden=self.hidden,
+            classes=dataset.num_classes,
+            solver=self.make_solver(),
+            tolerance=self.tolerance,
+            key=self.key(0),
+        )
+
+
+@dataclass(frozen=True)
+class MNISTNSDE(Classifier):
+    """A neural SDE on flattened images, the second experiment of Pal et al. (2023).
+
+    **Arguments:** those of `Classifier`, and
+
+    - `size`: Length of the state.
+    - `trajectories`: Paths of each image in the evaluation. Training and timing take
+        one.
+    """
+
+    experiment: str = "mnist-nsde"
+    size: int = 32
+    hidden: int = 64
+    trajectories: int = 10
+    solver: str = "sosri"
+    tolerance: float = 0.14
+    learning_rate: dict[str, Any] = constant(1e-2)
+
+    @classmethod
+    def counts(cls):
+        return (*super().counts(), "size", "trajectories")
+
+    def make_model(self, dataset) -> NeuralSDEClassifier:
+        """The untrained model."""
+        return NeuralSDEClassifier(
+            inputs=dataset.x_train.shape[1],
+            size=self.size,
+            hidden=self.hidden,
+            classes=dataset.num_classes,
+            solver=self.make_solver(),
+            tolerance=self.tolerance,
+            key=self.key(0),
+        )
+
+    def evaluation(self):
+        return {"key": self.key(2), "trajectories": self.trajectories}

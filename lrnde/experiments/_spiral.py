@@ -1,0 +1,110 @@
+"""A neural SDE learns the means and variances of a spiral."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+
+from .. import simulated
+from ..models import Paths, SpiralSDE
+from ..objectives import moment_distance
+from ..training import Evaluation
+from ._run import Config, constant, MAX_STEPS
+
+
+@dataclass(frozen=True)
+class Spiral(Config):
+    """A neural SDE on the spiral of Pal et al. (2021).
+
+    **Arguments:** those of `Config`, and
+
+    - `hidden`: Width of the drift's hidden layer.
+    - `times`: How many times the moments are compared at.
+    - `trajectories`: Paths in one solve.
+    - `truth`: Paths that the true moments are made from.
+    - `evaluations`: Solves that the reported loss is the mean of, each with new noise.
+    """
+
+    experiment: str = "spiral-sde"
+    solver: str = "sosri"
+    tolerance: float = 0.3
+    steps: int = 250
+    optimizer: str = "adabelief"
+    learning_rate: dict[str, Any] = constant(1e-2)
+    weight: dict[str, Any] = constant(0.2)
+    hidden: int = 50
+    times: int = 30
+    trajectories: int = 100
+    truth: int = 10_000
+    evaluations: int = 20
+
+    @classmethod
+    def counts(cls):
+        return (*super().counts(), "hidden", "times", "truth", "evaluations")
+
+    def load_data(self) -> simulated.Moments:
+        """True means and variances."""
+        return simulated.spiral(self.times, self.truth)
+
+    def make_model(self, dataset) -> SpiralSDE:
+        """The untrained model."""
+        return SpiralSDE(
+            self.hidden,
+            solver=self.make_solver(),
+            tolerance=self.tolerance,
+            key=self.key(0),
+        )
+
+    def batches(self, dataset):
+        batch = tuple(jnp.asarray(x) for x in dataset)
+        return lambda step: batch
+
+    def objective(self, model, batch, **kwargs):
+        y0, times, means, variances = batch
+        paths = model(y0, times, trajectories=self.trajectories, **kwargs)
+        return Evaluation(
+            loss=moment_distance(paths.states, means, variances),
+            penalty=paths.penalty,
+            merits={},
+            nfe=paths.nfe,
+            num_steps=paths.num_steps,
+            successful=paths.successful,
+        )
+
+    def metrics(self, model, dataset):
+        """The loss with fresh noise, under the names of training and test.
+
+        There is one initial state, so training and test differ in their noise alone.
+        """
+        batch = self.batches(dataset)(0)
+
+        @eqx.filter_jit
+        def evaluate(model, key):
+            return self.objective(model, batch, key=key, max_steps=MAX_STEPS)
+
+        scores = {}
+        for part, name in enumerate(("train", "test")):
+            keys = jr.split(jr.fold_in(self.key(2), part), self.evaluations)
+            found = [evaluate(model, key) for key in keys]
+            for metric in ("loss", "nfe"):
+                values = [float(getattr(x, metric)) for x in found]
+                scores[f"{name}_{metric}"] = sum(values) / len(values)
+            if not all(x.successful for x in found):
+                raise RuntimeError(
+                    f"evaluation: a solve needs more than {MAX_STEPS} steps. Loosen "
+                    "the tolerance or train with a larger weight."
+                )
+        return scores
+
+    def prediction(self, dataset):
+        y0, times, *_ = self.batches(dataset)(0)
+        key = self.key(2)
+
+        def predict(model) -> Paths:
+            return model(
+                y0, times, key=key, trajectories=self.trajectories, max_steps=MAX_STEPS
+            )
+
+        return predict, self.trajectories

@@ -1,0 +1,92 @@
+"""Data that is made here: simulated equations whose truth is known."""
+
+from typing import NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._brownian import BrownianPath
+from ._solve import diffeqsolve
+from ._sri import SRIW2
+
+# Steps between two times at which the truth is looked at.
+_STEPS = 32
+
+
+class Moments(NamedTuple):
+    """Means and variances of paths from one initial state.
+
+    - `y0`: The initial state.
+    - `times`: The times.
+    - `means`, `variances`: Of the states at these times, over paths.
+    """
+
+    y0: Float[Array, " size"]
+    times: Float[Array, " times"]
+    means: Float[Array, "times size"]
+    variances: Float[Array, "times size"]
+
+
+def spiral_terms(path: diffrax.AbstractBrownianPath) -> diffrax.MultiTerm:
+    """The spiral of Pal et al. (2021), driven by a Brownian path.
+
+    $du_1 = (-0.1 u_1^3 + 2 u_2^3) dt + 0.2 u_1 dW_1$,
+    $du_2 = (-2 u_1^3 - 0.1 u_2^3) dt + 0.2 u_2 dW_2$, in the sense of Ito.
+    """
+
+    def drift(t, u, args):
+        u1, u2 = u[..., 0] ** 3, u[..., 1] ** 3
+        return jnp.stack([-0.1 * u1 + 2.0 * u2, -2.0 * u1 - 0.1 * u2], axis=-1)
+
+    def diffusion(t, u, args):
+        return lx.DiagonalLinearOperator(0.2 * u)
+
+    return diffrax.MultiTerm(
+        diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, path)
+    )
+
+
+@jax.jit(static_argnames=("times", "trajectories"))
+def spiral_paths(
+    key: PRNGKeyArray, times: int, trajectories: int
+) -> Float[Array, "trajectories times 2"]:
+    """Paths of the spiral from (2, 0), at evenly spaced times from 0 to 1.
+
+    **Arguments:**
+
+    - `key`: A `jax.random.key`.
+    - `times`: How many times; at least two.
+    - `trajectories`: How many paths.
+    """
+    y0 = jnp.tile(jnp.array([2.0, 0.0]), (trajectories, 1))
+    ts = jnp.linspace(0, 1, _STEPS * (times - 1) + 1)
+    sol, _ = diffeqsolve(
+        spiral_terms(BrownianPath(y0.shape, key)),
+        SRIW2(),
+        0.0,
+        1.0,
+        None,
+        y0,
+        saveat=diffrax.SaveAt(ts=ts[::_STEPS]),
+        stepsize_controller=diffrax.StepTo(ts=ts),
+        max_steps=None,
+    )
+    return jnp.swapaxes(sol.ys, 0, 1)
+
+
+def spiral(times: int, trajectories: int) -> Moments:
+    """Means and variances of the spiral, from simulated paths; always the same.
+
+    **Arguments:** as for `spiral_paths`.
+    """
+    paths = spiral_paths(jr.key(0), times, trajectories)
+    return Moments(
+        y0=paths[0, 0],
+        times=jnp.linspace(0, 1, times),
+        means=paths.mean(axis=0),
+        variances=paths.var(axis=0, ddof=1),
+    )
