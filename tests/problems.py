@@ -1,6 +1,7 @@
 """Differential equations that several test files solve."""
 
 import diffrax
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 
@@ -32,3 +33,22 @@ SPLIT = diffrax.MultiTerm(
     diffrax.ODETerm(lambda t, y, a: jnp.cos(8 * t) * jnp.ones_like(y)),
     diffrax.ODETerm(lambda t, y, a: jnp.tanh(a @ y) * 3 - y),
 )
+
+
+class Counter:
+    """Counts evaluations of a vector field while the program runs."""
+
+    def __init__(self, field):
+        self.field = field
+        self.count = 0
+
+    def __call__(self, t, y, args):
+        jax.debug.callback(self._add)
+        return self.field(t, y, args)
+
+    def _add(self):
+        self.count += 1
+
+    def total(self):
+        jax.effects_barrier()
+        return self.count

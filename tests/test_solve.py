@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from problems import CONTROLLER, problem, SPLIT, TERM, Y0
+from problems import CONTROLLER, Counter, problem, SPLIT, TERM, Y0
 
 import lrnde
 
@@ -31,28 +31,10 @@ def solver_id(solver):
     return f"{module}.{type(solver).__name__}{suffix}"
 
 
-class Counter:
-    """A vector field that counts its evaluations while the program runs."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __call__(self, t, y, a):
-        jax.debug.callback(self.add)
-        return TERM.vector_field(t, y, a)
-
-    def add(self):
-        self.count += 1
-
-    def total(self):
-        jax.effects_barrier()
-        return self.count
-
-
 @named("dt0", [None, 1.5], ids=["first-step-chosen", "first-step-rejected"])
 @named("solver", SOLVERS, ids=solver_id)
 def test_nfe_equals_a_counting_vector_field(solver, dt0):
-    counter = Counter()
+    counter = Counter(TERM.vector_field)
     controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
     _, _, t0, t1, _, y0, a = problem(solver)
     sol, _ = lrnde.diffeqsolve(
@@ -71,7 +53,7 @@ def test_nfe_equals_a_counting_vector_field(solver, dt0):
 
 @named("solver", [lrnde.Tsit5(), diffrax.Tsit5(), diffrax.Heun()], ids=solver_id)
 def test_nfe_counts_the_stages_after_a_jump(solver):
-    counter = Counter()
+    counter = Counter(TERM.vector_field)
     controller = diffrax.ClipStepSizeController(CONTROLLER, jump_ts=[0.5, 1.2])
     _, _, t0, t1, _, y0, a = problem(solver)
     args = (diffrax.ODETerm(counter), solver, t0, t1, 0.1, y0, a)
@@ -81,7 +63,7 @@ def test_nfe_counts_the_stages_after_a_jump(solver):
 
 @named("solver", [lrnde.Tsit5(), diffrax.Tsit5(), diffrax.Euler()], ids=solver_id)
 def test_nfe_of_constant_steps(solver):
-    counter = Counter()
+    counter = Counter(TERM.vector_field)
     _, _, t0, t1, _, y0, a = problem(solver)
     sol, _ = lrnde.diffeqsolve(diffrax.ODETerm(counter), solver, t0, t1, 0.125, y0, a)
     assert sol.stats["nfe"] == counter.total()
