@@ -100,7 +100,7 @@ class BrownianPath(diffrax.AbstractBrownianPath):
             )
         if not use_levy:
             return self.known.w
-        dt = jtu.tree_map(lambda w: (t1 - t0).astype(w.real.dtype), self.known.w)
+        dt = jtu.tree_map(lambda w: jnp.asarray(t1 - t0, w.real.dtype), self.known.w)
         if self.known.area is None:
             return diffrax.BrownianIncrement(dt=dt, W=self.known.w)
         return diffrax.SpaceTimeLevyArea(dt=dt, W=self.known.w, H=self.known.area)

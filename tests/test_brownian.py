@@ -1,0 +1,197 @@
+"""A Brownian path that is drawn step by step."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+import numpy as np
+import pytest
+
+import lrnde
+from lrnde._brownian import join
+
+named = pytest.mark.parametrize
+AREAS = [diffrax.SpaceTimeLevyArea, diffrax.BrownianIncrement]
+
+
+def terms(path):
+    """dy = sin(a y) dt + 0.7 cos(y) dW, the noise diagonal."""
+    return diffrax.MultiTerm(
+        diffrax.ODETerm(lambda t, y, a: jnp.sin(a * y)),
+        diffrax.ControlTerm(
+            lambda t, y, a: lx.DiagonalLinearOperator(0.7 * jnp.cos(y)), path
+        ),
+    )
+
+
+def solve(path, *, solver=None, a=1.0, dt0=0.7, tolerance=0.05, **kwargs):
+    return lrnde.diffeqsolve(
+        terms(path),
+        lrnde.SOSRI() if solver is None else solver,
+        0.0,
+        1.0,
+        dt0,
+        jnp.linspace(0.2, 1, 4),
+        a,
+        stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
+        max_steps=128,
+        **kwargs,
+    )
+
+
+def path(area=AREAS[0], **kwargs):
+    return lrnde.BrownianPath((4,), jr.key(0), area, **kwargs)
+
+
+@named("area", AREAS)
+def test_the_parts_of_an_interval_make_the_whole(area, float64):
+    drawn = path(area)
+    whole = drawn.draw(jr.key(1), jnp.array(0.3))
+    for a in (0.0, 0.1, 0.3):
+        left, right = drawn.split(jr.key(2), whole, jnp.array(a), jnp.array(0.3 - a))
+        again = join(left, right, jnp.array(a / 0.3), jnp.array(1 - a / 0.3))
+        jax.tree.map(np.testing.assert_allclose, again, whole)
+
+
+def test_parts_are_distributed_as_if_drawn_alone(float64):
+    """Drawing the whole first and splitting it leaves independent Gaussian parts."""
+    a, b, n = 0.25, 0.75, 200_000
+    drawn = lrnde.BrownianPath((n,), jr.key(0))
+    whole = drawn.draw(jr.key(1), jnp.array(a + b))
+    left, right = drawn.split(jr.key(2), whole, jnp.array(a), jnp.array(b))
+    found = np.cov([left.w, left.area, right.w, right.area])
+    deviations = np.sqrt([a, a / 12, b, b / 12])
+    scaled = found / np.outer(deviations, deviations)
+    np.testing.assert_allclose(scaled, np.eye(4), atol=5 / np.sqrt(n))
+
+
+def test_the_noise_adds_up(float64):
+    """Over steps that were tried and rejected, the path stays one path."""
+    trace = []
+
+    class Watched(lrnde.SOSRI):
+        def step(self, terms, t0, t1, y0, args, state, made_jump):
+            noise = terms.terms[1].contr(t0, t1, use_levy=True)
+            jax.debug.callback(lambda *x: trace.append(x), t0, t1, noise.W, noise.H)
+            return super().step(terms, t0, t1, y0, args, state, made_jump)
+
+    sol, _ = solve(path(), solver=Watched(), tolerance=0.02)
+    jax.effects_barrier()
+    assert sol.stats["num_rejected_steps"] >= 3
+    trace = [tuple(np.asarray(x) for x in step) for step in trace]
+    kept = [
+        step
+        for step, after in zip(trace, [*trace[1:], None], strict=True)
+        if after is None or after[0] == step[1]
+    ]
+    rejected = [step for step in trace if not any(step is other for other in kept)]
+    assert len(rejected) == sol.stats["num_rejected_steps"]
+    for start, end, w, area in rejected:  # callbacks see single precision
+        inside = [step for step in kept if start <= step[0] and step[1] <= end]
+        assert inside[-1][1] == end  # some later step ends where this one ended
+        time, total, integral = start, 0.0, 0.0  # the integral of W over the interval
+        for t0, t1, dw, dh in inside:
+            assert t0 == time
+            integral = integral + (t1 - t0) * (total + dw / 2 + dh)
+            time, total = t1, total + dw
+        np.testing.assert_allclose(total, w, atol=1e-6)
+        np.testing.assert_allclose(integral, (end - start) * (w / 2 + area), atol=1e-6)
+
+
+def test_adjoints_agree(float64):
+    def loss(a, adjoint):
+        sol, penalty = solve(
+            path(),
+            a=a,
+            adjoint=adjoint,
+            regularizer=lrnde.LocalError("biased"),
+            key=jr.key(3),
+        )
+        return jnp.sum(sol.ys[0]) + penalty
+
+    found = [
+        jax.value_and_grad(loss)(1.0, adjoint)
+        for adjoint in (
+            lrnde.TapeAdjoint(),
+            lrnde.TapeAdjoint(rows=3),
+            diffrax.RecursiveCheckpointAdjoint(),
+        )
+    ]
+    for other in found[1:]:
+        np.testing.assert_allclose(found[0], other, rtol=1e-10)
+
+
+@named("area", AREAS)
+def test_the_measured_step_has_the_noise_that_it_had(area, float64):
+    """One step makes the whole solve, so it is the one that is measured."""
+    solver = lrnde.SOSRI() if area is AREAS[0] else diffrax.Heun()
+    drawn = path(area)
+    sol, penalty = solve(
+        drawn,
+        solver=solver,
+        tolerance=100.0,
+        dt0=1.0,
+        regularizer=lrnde.LocalError(),
+        key=jr.key(3),
+    )
+    assert sol.stats["num_steps"] == 1
+    noise = drawn.draw(jr.fold_in(drawn.key, 0), jnp.array(1.0))
+    known = eqx.tree_at(lambda p: p.known, drawn, noise, is_leaf=lambda x: x is None)
+    y0 = jnp.linspace(0.2, 1, 4)
+    y1, error, *_ = solver.step(terms(known), 0.0, 1.0, y0, 1.0, None, False)
+    np.testing.assert_allclose(sol.ys[0], y1, rtol=1e-12)
+    scale = 100 + 100 * jnp.maximum(abs(y0), abs(y1))
+    np.testing.assert_allclose(penalty, jnp.sqrt(jnp.mean((error / scale) ** 2)))
+
+
+def test_a_restarted_step_has_new_noise(float64):
+    """The mean over keys of the penalty is finite and varies with the key."""
+    regularizer = lrnde.LocalError(step="restarted")
+    penalties = [
+        solve(path(), regularizer=regularizer, key=jr.key(seed))[1] for seed in (1, 2)
+    ]
+    assert np.all(np.isfinite(penalties)) and penalties[0] != penalties[1]
+
+
+def test_a_regularizer_changes_nothing_of_the_solve(float64):
+    plain, _ = solve(path())
+    watched, _ = solve(path(), regularizer=lrnde.LocalError("error"), key=jr.key(3))
+    np.testing.assert_array_equal(plain.ys, watched.ys)
+    assert plain.stats["num_steps"] == watched.stats["num_steps"]
+
+
+def test_too_many_rejected_steps_are_no_success():
+    sol, _ = solve(path(memory=1), tolerance=0.03, throw=False)
+    assert sol.result == diffrax.RESULTS.max_steps_rejected
+    with pytest.raises(RuntimeError):
+        solve(path(memory=1), tolerance=0.03)
+    assert diffrax.is_successful(solve(path(memory=8), tolerance=0.03)[0].result)
+
+
+@named(
+    "change, says",
+    [
+        (dict(adjoint=diffrax.BacksolveAdjoint()), "VirtualBrownianTree"),
+        (dict(adjoint=diffrax.DirectAdjoint()), "TapeAdjoint"),
+        (dict(solver=diffrax.HalfSolver(diffrax.EulerHeun())), "other intervals"),
+        (dict(solver_state=(None, None)), "starts at the start"),
+    ],
+    ids=["backsolve", "direct", "half-solver", "resumed"],
+)
+def test_misuse_says_what_to_change(change, says):
+    with pytest.raises(ValueError, match=says):
+        solve(path(), **change)
+
+
+def test_it_is_for_this_package_alone():
+    with pytest.raises(ValueError, match=r"lrnde\.diffeqsolve"):
+        diffrax.diffeqsolve(
+            terms(path()), lrnde.SOSRI(), 0.0, 1.0, 0.1, jnp.ones(4), 1.0
+        )
+    with pytest.raises(ValueError, match="levy_area"):
+        path(diffrax.SpaceTimeTimeLevyArea)
+    with pytest.raises(ValueError, match="several"):
+        both = diffrax.MultiTerm(*terms(path()).terms, terms(path()).terms[1])
+        lrnde.diffeqsolve(both, diffrax.Heun(), 0.0, 1.0, 0.1, jnp.ones(4), 1.0)
