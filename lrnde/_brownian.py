@@ -105,6 +105,12 @@ class BrownianPath(diffrax.AbstractBrownianPath):
             return diffrax.BrownianIncrement(dt=dt, W=self.known.w)
         return diffrax.SpaceTimeLevyArea(dt=dt, W=self.known.w, H=self.known.area)
 
+    def given(self, known: Increment) -> "BrownianPath":
+        """The same path, with the noise of the step at hand."""
+        return eqx.tree_at(
+            lambda path: path.known, self, known, is_leaf=lambda x: x is None
+        )
+
     def draw(self, key: PRNGKeyArray, length: Real[Array, ""]) -> Increment:
         """The noise of an interval of which nothing is known."""
         leaves, tree = jtu.tree_flatten(self.shape)
@@ -145,9 +151,8 @@ class BrownianPath(diffrax.AbstractBrownianPath):
         left, right = (
             self.draw(k, x) for k, x in zip(jr.split(key), (a, b), strict=True)
         )
-        length = jnp.where(a + b > 0, a + b, 1)
-        p, q = a / length, b / length
-        made = join(left, right, p, q)
+        p, q = _shares(a, b)
+        made = self.join(left, right, a, b)
         lacks = jtu.tree_map(jnp.subtract, whole, made)
 
         def corrected(part, share, slope):
@@ -160,29 +165,34 @@ class BrownianPath(diffrax.AbstractBrownianPath):
         slope = 6 * p * q
         return corrected(left, p, slope), corrected(right, q, -slope)
 
+    @staticmethod
+    def join(
+        left: Increment, right: Increment, a: Real[Array, ""], b: Real[Array, ""]
+    ) -> Increment:
+        """The noise of an interval from that of its two parts (Chen's relation).
 
-def join(
-    left: Increment, right: Increment, p: Real[Array, ""], q: Real[Array, ""]
-) -> Increment:
-    """The noise of an interval from that of its parts, Chen's relation.
+        **Arguments:**
 
-    **Arguments:**
+        - `left`, `right`: What is known of the parts.
+        - `a`, `b`: Their lengths.
+        """
+        w = _add(left.w, right.w, 1)
+        if left.area is None:
+            return Increment(w, None)
+        p, q = _shares(a, b)
+        area = jtu.tree_map(
+            lambda wl, hl, wr, hr: p * hl + q * hr + q / 2 * wl - p / 2 * wr,
+            left.w,
+            left.area,
+            right.w,
+            right.area,
+        )
+        return Increment(w, area)
 
-    - `left`, `right`: What is known of the parts.
-    - `p`, `q`: Their shares in the length of the whole.
-    """
-    w = _add(left.w, right.w, 1)
-    if left.area is None:
-        return Increment(w, None)
-    area = jtu.tree_map(jnp.zeros_like, left.area)
-    for tree, factor in (
-        (left.area, p),
-        (right.area, q),
-        (left.w, q / 2),
-        (right.w, -p / 2),
-    ):
-        area = _add(area, tree, factor)
-    return Increment(w, area)
+
+def _shares(a, b):
+    length = jnp.where(a + b > 0, a + b, 1)
+    return a / length, b / length
 
 
 def _add(x: PyTree[Array], y: PyTree[Array], factor) -> PyTree[Array]:
@@ -349,10 +359,6 @@ def show(
     terms: PyTree[diffrax.AbstractTerm], known: Increment
 ) -> PyTree[diffrax.AbstractTerm]:
     """The same terms, their path knowing the noise of the step at hand."""
-
-    def replace(x):
-        if not _is_path(x):
-            return x
-        return eqx.tree_at(lambda p: p.known, x, known, is_leaf=lambda x: x is None)
-
-    return jtu.tree_map(replace, terms, is_leaf=_is_path)
+    return jtu.tree_map(
+        lambda x: x.given(known) if _is_path(x) else x, terms, is_leaf=_is_path
+    )

@@ -15,7 +15,7 @@ from jax import lax
 from problems import Counter
 
 import lrnde
-from lrnde._brownian import join, show
+from lrnde._brownian import show
 
 SOLVERS = [lrnde.SOSRI(), lrnde.SOSRI2(), lrnde.SRIW2()]
 named = pytest.mark.parametrize
@@ -112,7 +112,7 @@ def halved(noise):
     left = jax.tree.map(lambda x: x[0::2], noise)
     right = jax.tree.map(lambda x: x[1::2], noise)
     half = jnp.array(0.5)
-    return join(left, right, half, half)
+    return lrnde.BrownianPath.join(left, right, half, half)
 
 
 @pytest.fixture(scope="module")
