@@ -168,11 +168,27 @@ def _published(experiment: str, method: str) -> dict[str, str]:
     return {name: cell.replace("±", " ± ") for name, cell in next(rows, {}).items()}
 
 
-def _line(row: dict[str, int | float], published: dict[str, str]) -> dict[str, str]:
+def _accuracies(row: dict[str, int | float], published: dict[str, str]):
     return {
         "train acc %": _cell(row, "train_accuracy", 100, 2),
         "test acc %": _cell(row, "test_accuracy", 100, 2),
         "published test acc %": published.get("test acc %") or EMPTY,
+    }
+
+
+def _losses(row: dict[str, int | float], published: dict[str, str]):
+    return {
+        "train loss": _cell(row, "train_loss", 1, 4),
+        "test loss": _cell(row, "test_loss", 1, 4),
+        "published loss": published.get("loss") or EMPTY,
+    }
+
+
+def _line(
+    row: dict[str, int | float], published: dict[str, str], quality
+) -> dict[str, str]:
+    return {
+        **quality(row, published),
         "test NFE": _cell(row, "test_nfe", 1, 1),
         "published test NFE": published.get("test NFE") or EMPTY,
         "NFE ratio": _cell(row, "nfe_ratio", 1, 3),
@@ -212,8 +228,10 @@ def table(
     pd = _import("pandas")
     chosen = [r for r in records if (r["experiment"], r["tier"]) == (experiment, tier)]
     rows = summary(chosen, baseline)
+    classifies = experiment not in TABLES or "test acc %" in TABLES[experiment][0]
+    quality = _accuracies if classifies else _losses
     lines = {
-        method: _line(rows.get(method, {}), _published(experiment, method))
+        method: _line(rows.get(method, {}), _published(experiment, method), quality)
         for method in _ordered([*methods, *rows])
     }
     frame = pd.DataFrame.from_dict(lines, orient="index").rename_axis("method")

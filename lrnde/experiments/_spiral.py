@@ -33,7 +33,7 @@ class Spiral(Config):
     steps: int = 250
     optimizer: str = "adabelief"
     learning_rate: dict[str, Any] = constant(1e-2)
-    weight: dict[str, Any] = constant(0.2)
+    weight: dict[str, Any] = constant(0.1)
     hidden: int = 50
     times: int = 30
     trajectories: int = 100
