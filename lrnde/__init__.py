@@ -2,6 +2,7 @@
 
 from ._adjoint import TapeAdjoint as TapeAdjoint
 from ._brownian import BrownianPath as BrownianPath
+from ._brownian import Increment as Increment
 from ._explicit import AbstractExplicitRungeKutta as AbstractExplicitRungeKutta
 from ._explicit import Bosh3 as Bosh3
 from ._explicit import Dopri5 as Dopri5

@@ -59,13 +59,41 @@ def check_performance(results):
     assert results["gradient_speedup"] > 1
 
 
+def check_stochastic_solvers(results):
+    orders = results["orders"]
+    for equation in ("geometric", "nonlinear"):
+        for solver in ("SOSRI", "SOSRI2", "SRIW2"):
+            assert 1.2 < orders[equation][solver] < 2.2
+    assert orders["nonlinear"]["SOSRI, H hidden"] < 1.3
+    assert results["variance_forgotten"] < 0.9 < results["variance_remembered"] < 1.1
+    assert all(abs(z) < 4 for z in results["mean_z"].values())
+    assert results["tree_over_path"] > 1
+
+
+def check_spiral_sde(results):
+    assert results["losses_finite"] is True
+    assert results["record_written"] is True
+    assert results["floor"] > 0
+    assert all(nfe >= 4 * 4 for nfe in results["nfe"].values())
+
+
+def check_mnist_nsde(results):
+    assert 0 < results["nfe_ratio_biased"] < 1
+    assert results["losses_finite"] is True
+    assert results["record_written"] is True
+    assert all(deviation > 0 for deviation in results["deviations"].values())
+
+
 CHECKS = {
     "first_look": check_first_look,
     "adaptive_solvers": check_adaptive_solvers,
     "local_regularization": check_local_regularization,
     "adjoints_and_memory": check_adjoints_and_memory,
     "performance": check_performance,
+    "stochastic_solvers": check_stochastic_solvers,
     "mnist_node": check_mnist_node,
+    "mnist_nsde": check_mnist_nsde,
+    "spiral_sde": check_spiral_sde,
 }
 
 
