@@ -6,7 +6,7 @@ from statistics import median
 
 from lrnde.timing import interleave
 
-from . import contenders, problems
+from . import contenders, problems, sde_contenders
 from .contenders import Contender
 from .problems import Problem
 
@@ -78,6 +78,17 @@ def _time(
         )
         for name, x in ready.items()
     ]
+
+
+def sde_sections(repeats: int) -> Iterator[tuple[str, list[dict]]]:
+    """The record of the neural SDE, piece by piece: (section, rows)."""
+    for mode, ready in (
+        ("predict", sde_contenders.predictions),
+        ("gradient", sde_contenders.gradients),
+    ):
+        for batch in (32, 128, 512):
+            problem = problems.sde(batch)
+            yield "batch", _time(ready(problem), problem, mode, repeats)
 
 
 def sections(repeats: int) -> Iterator[tuple[str, list[dict]]]:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -119,13 +120,16 @@ def _lrnde(problem: Problem, **kwargs):
     return lambda field, y0: _solve(problem, field, y0, **kwargs)[0].ys[0]
 
 
-def _ready(function, problem: Problem, cost: Cost | None) -> Contender:
-    compiled = jax.jit(function).lower(problem.field, problem.y0).compile()
+def ready(function, problem: Problem, cost: Cost | None) -> Contender:
+    """Compiles a function of (field, y0)."""
+    arrays, static = eqx.partition(problem.field, eqx.is_array)
+    on_arrays = jax.jit(lambda arrays, y0: function(eqx.combine(arrays, static), y0))
+    compiled = on_arrays.lower(arrays, problem.y0).compile()
     memory = compiled.memory_analysis()
     peak = None
     if memory is not None:
         peak = memory.temp_size_in_bytes + memory.output_size_in_bytes
-    return Contender(lambda: compiled(problem.field, problem.y0), peak, cost)
+    return Contender(lambda: compiled(arrays, problem.y0), peak, cost)
 
 
 def predictions(problem: Problem, without: tuple[str, ...]) -> dict[str, Contender]:
@@ -142,7 +146,7 @@ def predictions(problem: Problem, without: tuple[str, ...]) -> dict[str, Contend
 
 def _all_ready(functions, problem, without):
     return {
-        name: _ready(function, problem, cost)
+        name: ready(function, problem, cost)
         for name, (function, cost) in functions.items()
         if name not in without
     }
@@ -209,7 +213,7 @@ def adjoints(problem: Problem, max_steps: int) -> dict[str, Contender]:
         "checkpoints": diffrax.RecursiveCheckpointAdjoint(),
     }
     return {
-        name: _ready(
+        name: ready(
             _gradient(_lrnde(problem, max_steps=max_steps, adjoint=adjoint)),
             problem,
             ours,
@@ -222,6 +226,6 @@ def field_calls(problem: Problem, fields: dict, evaluations: int = 100):
     """Different ways to write one field, evaluated again and again."""
     run = _bare(evaluations)
     return {
-        name: _ready(lambda _, y0, field=field: run(field, y0), problem, None)
+        name: ready(lambda _, y0, field=field: run(field, y0), problem, None)
         for name, field in fields.items()
     }

@@ -9,7 +9,8 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Real
 
-from lrnde.models import TimeLinear, TimeMLP
+import lrnde
+from lrnde.models import NeuralSDEClassifier, TimeLinear, TimeMLP
 
 
 class Problem(NamedTuple):
@@ -113,6 +114,16 @@ def conv(batch: int, tolerance: float = 1e-4) -> Problem:
     field = ConvNet(4, 8, key=key)
     y0 = jr.uniform(y_key, (batch, 14, 14, 4))
     return Problem("conv", _stretch(field, 3.0), y0, tolerance)
+
+
+def sde(batch: int) -> Problem:
+    """The neural SDE of the MNIST model, with the drift's weights twice Glorot's."""
+    key, y_key = jr.split(jr.key(0))
+    model = NeuralSDEClassifier(
+        784, 32, 64, 10, solver=lrnde.SOSRI(), tolerance=0.14, key=key
+    ).sde
+    model = eqx.tree_at(lambda m: m.drift, model, _stretch(model.drift, 2.0))
+    return Problem("sde", model, jr.normal(y_key, (batch, 32)), model.tolerance)
 
 
 def separate_arrays(field: TimeMLP):

@@ -10,9 +10,15 @@ from lrnde._files import write_atomically
 ROOT = Path(__file__).parents[1] / "book" / "benchmarks"
 
 
-def path(platform: str) -> Path:
-    """Where the book looks for the record of a platform, such as "cpu"."""
-    return ROOT / f"{platform}.json"
+def path(platform: str, what: str = "ode") -> Path:
+    """Where the book looks for the record of a platform, such as "cpu".
+
+    **Arguments:**
+
+    - `platform`: "cpu" or "gpu".
+    - `what`: "ode" or "sde".
+    """
+    return ROOT / (f"{platform}.json" if what == "ode" else f"{platform}-{what}.json")
 
 
 def make(rows: list[dict], repeats: int, provenance: dict) -> dict:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from benchmarks import compare, contenders, problems, record
+from benchmarks import compare, contenders, problems, record, sde_contenders
 from benchmarks.problems import conv, mlp
 from lrnde import records
 
@@ -93,3 +93,12 @@ def test_the_record_in_the_book_is_whole():
         wanted = {"batch", "size", "tolerance", "depth", "field", "budget"}
         assert sections == wanted
         assert loaded["provenance"]["git_clean"]
+
+
+def test_sde_contenders_are_ready():
+    problem = problems.sde(3)
+    found = sde_contenders.predictions(problem)
+    assert found["lrnde"].cost.nfe == 4 * found["lrnde"].cost.num_steps
+    for contender in found.values():
+        y1 = ravel_pytree(contender.call())[0]
+        assert np.all(np.isfinite(y1)) and contender.peak_bytes > problem.y0.nbytes
