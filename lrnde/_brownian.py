@@ -1,5 +1,6 @@
 """A Brownian path that is drawn as a solve goes, and remembers what it has shown."""
 
+import math
 from typing import Any, NamedTuple
 
 import diffrax
@@ -8,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Real
+from jax.extend.random import threefry2x32_p
+from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray, PyTree, Real, UInt32
 
 
 class Increment(NamedTuple):
@@ -118,8 +121,10 @@ class BrownianPath(diffrax.AbstractBrownianPath):
         with_area = self.levy_area is diffrax.SpaceTimeLevyArea
 
         def draw(key, leaf):
-            normal = jr.normal(key, (1 + with_area, *leaf.shape), leaf.dtype)
-            return normal * jnp.sqrt(length).astype(leaf.dtype)
+            scale = jnp.sqrt(length).astype(leaf.dtype)
+            if not with_area:
+                return [scale * jr.normal(key, leaf.shape, leaf.dtype)]
+            return [scale * x for x in _two_normals(key, leaf.shape, leaf.dtype)]
 
         noise = [draw(key, leaf) for key, leaf in zip(keys, leaves, strict=True)]
         noise = lax.stop_gradient(noise)
@@ -145,12 +150,14 @@ class BrownianPath(diffrax.AbstractBrownianPath):
         - `whole`: What is known of the interval.
         - `a`, `b`: The lengths of its parts.
         """
-        # Draw both parts as if nothing were known, look what whole they make, and add
-        # the regression of the parts on the whole, times what the whole lacks. For
-        # Gaussian variables the result has exactly the conditional distribution.
-        left, right = (
-            self.draw(k, x) for k, x in zip(jr.split(key), (a, b), strict=True)
-        )
+        left, right = jr.split(key)
+        return self._condition(whole, self.draw(left, a), self.draw(right, b), a, b)
+
+    def _condition(self, whole, left, right, a, b) -> tuple[Increment, Increment]:
+        """Turns parts that were drawn alone into parts of the whole."""
+        # Look what whole they make, and add the regression of the parts on the whole,
+        # times what the whole lacks. For Gaussian variables the result has exactly the
+        # conditional distribution.
         p, q = _shares(a, b)
         made = self.join(left, right, a, b)
         lacks = jtu.tree_map(jnp.subtract, whole, made)
@@ -188,6 +195,28 @@ class BrownianPath(diffrax.AbstractBrownianPath):
             right.area,
         )
         return Increment(w, area)
+
+
+def _two_normals(key: PRNGKeyArray, shape, dtype):
+    """Two arrays of independent standard normal numbers.
+
+    As `jax.random.normal`, but of the two words that Threefry makes at a time neither
+    is thrown away, which takes two thirds of the time.
+    """
+    if dtype != jnp.float32 or str(jr.key_impl(key)) != "threefry2x32":
+        return jr.normal(key, (2, *shape), dtype)
+    counts = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    words = threefry2x32_p.bind(*jr.key_data(key), counts, jnp.zeros_like(counts))
+    return [_normal(word) for word in words]
+
+
+def _normal(word: UInt32[Array, "..."]) -> Float32[Array, "..."]:
+    # 23 bits as the mantissa of a number in [1, 2), moved to (-1, 1).
+    bits = lax.shift_right_logical(word, jnp.uint32(9)) | jnp.uint32(0x3F800000)
+    uniform = lax.bitcast_convert_type(bits, jnp.float32) - 1
+    low = np.nextafter(np.float32(-1), np.float32(0))
+    uniform = jnp.maximum(low, uniform * (1 - low) + low)
+    return np.float32(2**0.5) * lax.erf_inv(uniform)
 
 
 def _shares(a, b):
@@ -296,20 +325,19 @@ class RememberingSolver(diffrax.AbstractWrappedSolver):
         end = jnp.where(rejected, before.tnext, memory.ends[row])
         tnext = jnp.where(known, jnp.minimum(after.tnext, end), after.tnext)
         length = jnp.maximum(tnext - after.tprev, 0)
-        key = jr.fold_in(self.path.key, after.num_steps)
+        rest_length = jnp.maximum(end - tnext, 0)
+        left, right = jr.split(jr.fold_in(self.path.key, after.num_steps))
+        drawn = self.path.draw(left, length)
 
         def split():
             nearest = jtu.tree_map(lambda x: x[row], memory.ahead)
             whole = jtu.tree_map(
                 lambda x, y: jnp.where(rejected, x, y), memory.current, nearest
             )
-            return self.path.split(key, whole, length, jnp.maximum(end - tnext, 0))
+            rest = self.path.draw(right, rest_length)
+            return self.path._condition(whole, drawn, rest, length, rest_length)
 
-        def fresh():
-            drawn = self.path.draw(key, length)
-            return drawn, drawn
-
-        current, rest = lax.cond(known, split, fresh)
+        current, rest = lax.cond(known, split, lambda: (drawn, drawn))
         ahead = known & (tnext < end)
         last = self.path.memory
         slot = jnp.where(ahead, jnp.minimum(row, last), last)

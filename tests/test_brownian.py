@@ -7,6 +7,7 @@ import jax.random as jr
 import lineax as lx
 import numpy as np
 import pytest
+import scipy.stats
 
 import lrnde
 
@@ -194,3 +195,18 @@ def test_it_is_for_this_package_alone():
     with pytest.raises(ValueError, match="several"):
         both = diffrax.MultiTerm(*terms(path()).terms, terms(path()).terms[1])
         lrnde.diffeqsolve(both, diffrax.Heun(), 0.0, 1.0, 0.1, jnp.ones(4), 1.0)
+
+
+@named("dtype", [jnp.float32, jnp.float64])
+def test_increment_and_area_are_independent_normals(dtype, float64):
+    """In single precision they come from the two words of one block of Threefry."""
+    n, h = 100_000, 0.5
+    shape = jax.ShapeDtypeStruct((n,), dtype)
+    drawn = lrnde.BrownianPath(shape, jr.key(0)).draw(jr.key(1), jnp.array(h))
+    w, area = np.float64(drawn.w) / h**0.5, np.float64(drawn.area) * (12 / h) ** 0.5
+    assert drawn.w.dtype == drawn.area.dtype == dtype
+    for sample in (w, area):
+        assert scipy.stats.kstest(sample, "norm").pvalue > 0.01
+        assert abs(np.corrcoef(sample[1:], sample[:-1])[0, 1]) < 4 / n**0.5
+    assert abs(np.corrcoef(w, area)[0, 1]) < 4 / n**0.5
+    assert abs(np.corrcoef(w**2, area**2)[0, 1]) < 4 / n**0.5
