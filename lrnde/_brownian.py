@@ -43,7 +43,7 @@ class BrownianPath(diffrax.AbstractBrownianPath):
     **Arguments:**
 
     - `shape`: As for `diffrax.VirtualBrownianTree`: the shape of the noise, or a PyTree
-        of `jax.ShapeDtypeStruct`s.
+        whose leaves are `jax.ShapeDtypeStruct`.
     - `key`: A `jax.random.key`.
     - `levy_area`: `diffrax.SpaceTimeLevyArea`, or `diffrax.BrownianIncrement` for
         solvers that need no Levy area.
