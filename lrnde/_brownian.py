@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -38,7 +39,13 @@ class BrownianPath(diffrax.AbstractBrownianPath):
     the path.
 
     The price: the path belongs to one solve. Another tolerance or another parameter
-    means other steps, and other noise.
+    means other steps, and other noise. And to end where a rejected step ended takes a
+    few more steps, as it does on a tree with
+    `diffrax.ClipStepSizeController(store_rejected_steps=...)`.
+
+    A solver may ask for the noise of its steps, not of parts of them; of diffrax's
+    solvers `HalfSolver` and `LeapfrogMidpoint` do, and are refused. Times cannot be
+    differentiated.
 
     **Arguments:**
 
@@ -47,15 +54,14 @@ class BrownianPath(diffrax.AbstractBrownianPath):
     - `key`: A `jax.random.key`.
     - `levy_area`: `diffrax.SpaceTimeLevyArea`, or `diffrax.BrownianIncrement` for
         solvers that need no Levy area.
-    - `memory`: How many rejected steps can be remembered at a time. A solve that
-        rejects more in a row fails.
+    - `memory`: How many rejected steps, one within the other, can be remembered at a
+        time. A solve that needs more fails.
 
     **Raises:**
 
     - `ValueError` if used outside `lrnde.diffeqsolve`, with an adjoint other than
         `lrnde.TapeAdjoint` and `diffrax.RecursiveCheckpointAdjoint`, with a solver that
-        asks for the noise of parts of a step, or with a `solver_state` of an earlier
-        solve.
+        is refused, or with a `solver_state` of an earlier solve.
     """
 
     shape: PyTree[jax.ShapeDtypeStruct] = eqx.field(static=True)
@@ -116,6 +122,7 @@ class BrownianPath(diffrax.AbstractBrownianPath):
 
     def draw(self, key: PRNGKeyArray, length: Real[Array, ""]) -> Increment:
         """The noise of an interval of which nothing is known."""
+        length = eqxi.nondifferentiable(length, name="the length of a step")
         leaves, tree = jtu.tree_flatten(self.shape)
         keys = jr.split(key, len(leaves))
         with_area = self.levy_area is diffrax.SpaceTimeLevyArea
@@ -187,13 +194,9 @@ class BrownianPath(diffrax.AbstractBrownianPath):
         if left.area is None:
             return Increment(w, None)
         p, q = _shares(a, b)
-        area = jtu.tree_map(
-            lambda wl, hl, wr, hr: p * hl + q * hr + q / 2 * wl - p / 2 * wr,
-            left.w,
-            left.area,
-            right.w,
-            right.area,
-        )
+        area = jtu.tree_map(lambda x: p.astype(x.dtype) * x, left.area)
+        for tree, factor in ((right.area, q), (left.w, q / 2), (right.w, -p / 2)):
+            area = _add(area, tree, factor)
         return Increment(w, area)
 
 

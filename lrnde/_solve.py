@@ -212,6 +212,11 @@ def _check_path(solver, solver_state, adjoint) -> None:
             f"{type(solver).__name__} asks for the noise of other intervals than its "
             f"steps. {remedy}."
         )
+    if isinstance(solver, diffrax.AbstractImplicitSolver):
+        raise ValueError(
+            f"{type(solver).__name__} is implicit and does not solve stochastic "
+            "equations. Use for example `lrnde.SOSRI()`."
+        )
     if solver_state is not None:
         raise ValueError(f"`lrnde.BrownianPath` starts at the start. {remedy}.")
 
@@ -220,7 +225,14 @@ def _check_memory(sol, overflowed, throw):
     failed = diffrax.RESULTS.max_steps_rejected
     result = diffrax.RESULTS.where(overflowed, failed, sol.result)
     sol = eqx.tree_at(lambda s: s.result, sol, result)
-    return failed.error_if(sol, overflowed) if throw else sol
+    if not throw:
+        return sol
+    return eqx.error_if(
+        sol,
+        overflowed,
+        "The solve rejected too many steps, one within the other, to remember them all."
+        " Start with a smaller `dt0`, or use `lrnde.BrownianPath(memory=...)`.",
+    )
 
 
 def _as_diffrax_sees_them(terms, controller, direction):

@@ -69,6 +69,9 @@ class AbstractSRI(diffrax.AbstractAdaptiveSolver, diffrax.AbstractItoSolver):
     `diffrax.MultiTerm(diffrax.ODETerm(f), diffrax.ControlTerm(g, path))`, where `g`
     returns a `lineax.DiagonalLinearOperator` and `path` knows its space-time Levy area.
 
+    For `t1 < t0` use a `lrnde.BrownianPath`: diffrax turns the sign of a tree's Levy
+    area along with that of its increment, which is another path.
+
     Subclasses give a `tableau`. The stages are written out, as in
     `lrnde.AbstractExplicitRungeKutta`.
     """

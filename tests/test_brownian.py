@@ -165,7 +165,7 @@ def test_a_regularizer_changes_nothing_of_the_solve(float64):
 def test_too_many_rejected_steps_are_no_success():
     sol, _ = solve(path(memory=1), tolerance=0.03, throw=False)
     assert sol.result == diffrax.RESULTS.max_steps_rejected
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"BrownianPath\(memory"):
         solve(path(memory=1), tolerance=0.03)
     assert diffrax.is_successful(solve(path(memory=8), tolerance=0.03)[0].result)
 
@@ -176,9 +176,10 @@ def test_too_many_rejected_steps_are_no_success():
         (dict(adjoint=diffrax.BacksolveAdjoint()), "VirtualBrownianTree"),
         (dict(adjoint=diffrax.DirectAdjoint()), "TapeAdjoint"),
         (dict(solver=diffrax.HalfSolver(diffrax.EulerHeun())), "other intervals"),
+        (dict(solver=diffrax.Kvaerno3()), "implicit"),
         (dict(solver_state=(None, None)), "starts at the start"),
     ],
-    ids=["backsolve", "direct", "half-solver", "resumed"],
+    ids=["backsolve", "direct", "half-solver", "implicit", "resumed"],
 )
 def test_misuse_says_what_to_change(change, says):
     with pytest.raises(ValueError, match=says):
@@ -210,3 +211,30 @@ def test_increment_and_area_are_independent_normals(dtype, float64):
         assert abs(np.corrcoef(sample[1:], sample[:-1])[0, 1]) < 4 / n**0.5
     assert abs(np.corrcoef(w, area)[0, 1]) < 4 / n**0.5
     assert abs(np.corrcoef(w**2, area**2)[0, 1]) < 4 / n**0.5
+
+
+def test_single_precision_noise_with_double_precision_times(float64):
+    shape = jax.ShapeDtypeStruct((4,), jnp.float32)
+    y0 = jnp.linspace(0.2, 1, 4, dtype=jnp.float32)
+    sol, _ = lrnde.diffeqsolve(
+        terms(lrnde.BrownianPath(shape, jr.key(0))),
+        lrnde.SOSRI(),
+        0.0,
+        1.0,
+        0.7,
+        y0,
+        1.0,
+        stepsize_controller=diffrax.PIDController(rtol=0.05, atol=0.05),
+    )
+    assert np.all(np.isfinite(sol.ys)) and sol.stats["num_rejected_steps"] > 0
+
+
+def test_times_are_not_differentiated(float64):
+    def end(t1):
+        sol, _ = lrnde.diffeqsolve(
+            terms(path()), lrnde.SOSRI(), 0.0, t1, 0.1, jnp.ones(4), 1.0
+        )
+        return jnp.sum(sol.ys)
+
+    with pytest.raises(RuntimeError, match="length of a step"):
+        jax.grad(end)(1.0)
