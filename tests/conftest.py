@@ -1,5 +1,7 @@
+import contextlib
 import itertools
 import os
+import socket
 
 import hypothesis
 import jax
@@ -32,3 +34,29 @@ def float64():
     """The test runs in double precision."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def serve():
+    """Starts a `downloads.Server` and gives its address."""
+    with contextlib.ExitStack() as stack:
+        yield lambda server: stack.enter_context(server.listen())
+
+
+@pytest.fixture
+def dead_url():
+    """An address at which nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}/files/"
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """An empty cache of the test's own, and no `LRNDE_DATA`."""
+    import pooch
+
+    monkeypatch.delenv("LRNDE_DATA", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(pooch, "os_cache", lambda project: tmp_path / "cache" / project)
+    return tmp_path / "cache" / "lrnde"

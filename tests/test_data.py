@@ -1,25 +1,30 @@
-import contextlib
 import gzip
-import hashlib
-import http.server
 import os
-import socket
 import struct
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import numpy as np
-import pooch
 import pytest
+from downloads import DAMAGE, describe, read_all, Server, write_all
 from hypothesis import given, settings
 
 from lrnde import data
-from lrnde.data import Batches, DataError, Dataset, padded_batches, validation_split
+from lrnde.data import (
+    _batches,
+    _files,
+    _images,
+    _sources,
+    Batches,
+    DataError,
+    Dataset,
+    padded_batches,
+    validation_split,
+)
 
 REAL_DATA = os.environ.get("LRNDE_DATA")
 RNG = np.random.default_rng(0)
@@ -43,97 +48,9 @@ CONTENTS = {name: encode_idx(array) for name, array in ARRAYS.items()}
 FIRST, *OTHERS = CONTENTS
 
 
-def describe(name, content):
-    return data._File(name, len(content), hashlib.sha256(content).hexdigest())
-
-
-def flip(content):
-    """One bit changed in the middle."""
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-
-
-DAMAGE = {
-    "truncated": lambda content: content[: len(content) // 2],
-    "empty": lambda content: b"",
-    "corrupt": flip,
-    "too long": lambda content: content + b"\0",
-    "another file": lambda content: b"<html>Please log in</html>",
-}
-
-
-def write_all(folder, contents=CONTENTS):
-    folder.mkdir(parents=True)
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    return folder
-
-
-def read_all(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-class Server:
-    """Serves the given files over HTTP; `requests` lists the names asked for.
-
-    A name in `dying` is announced at full length, but the connection breaks half-way.
-    """
-
-    def __init__(self, contents, dying=()):
-        self.contents, self.dying, self.requests = contents, dying, []
-
-    def respond(self, handler):
-        name = handler.path.rpartition("/")[2]
-        self.requests.append(name)
-        if name not in self.contents:
-            return handler.send_error(404)
-        content = self.contents[name]
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        half = len(content) // 2 if name in self.dying else len(content)
-        handler.wfile.write(content[:half])
-
-
-@pytest.fixture
-def serve():
-    """Starts `Server`s on this machine and gives their addresses."""
-    with contextlib.ExitStack() as stack:
-
-        def start(server):
-            class Handler(http.server.BaseHTTPRequestHandler):
-                def do_GET(self):
-                    server.respond(self)
-
-                def log_message(self, format, *args):
-                    del format, args
-
-            listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-            stack.callback(listener.server_close)
-            thread = threading.Thread(target=listener.serve_forever, args=(0.01,))
-            thread.start()
-            stack.callback(thread.join)
-            stack.callback(listener.shutdown)
-            return f"http://127.0.0.1:{listener.server_port}/mnist/"
-
-        yield start
-
-
-@pytest.fixture
-def dead_url():
-    """An address at which nobody listens."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}/mnist/"
-
-
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty cache of the test's own, and no `LRNDE_DATA`."""
-    monkeypatch.delenv("LRNDE_DATA", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(pooch, "os_cache", lambda project: tmp_path / "cache" / project)
-    return tmp_path / "cache" / "lrnde" / "mnist"
+def cache(empty_cache):
+    return empty_cache / "mnist"
 
 
 @pytest.fixture
@@ -142,7 +59,7 @@ def use(monkeypatch):
 
     def use(*urls, contents=CONTENTS):
         files = tuple(describe(*item) for item in contents.items())
-        monkeypatch.setitem(data._SOURCES, "mnist", data._Source(files, urls))
+        monkeypatch.setitem(_sources.SOURCES, "mnist", _sources.Source(files, urls))
 
     return use
 
@@ -197,7 +114,7 @@ def test_real_mnist(monkeypatch):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match=r"'minst'.*\['digits', 'mnist'\]"):
+    with pytest.raises(ValueError, match=r"'minst'.*\['digits', 'mnist', "):
         data.load("minst")
 
 
@@ -239,7 +156,7 @@ def given_folder(tmp_path, monkeypatch, use):
     """A good folder that `LRNDE_DATA` names; there is no mirror to turn to."""
     use()
     monkeypatch.setenv("LRNDE_DATA", str(tmp_path / "given"))
-    return write_all(tmp_path / "given" / "mnist")
+    return write_all(tmp_path / "given" / "mnist", CONTENTS)
 
 
 def test_reads_the_folder_in_lrnde_data(given_folder, cache):
@@ -366,7 +283,7 @@ def test_failed_download_names_file_mirrors_and_remedy(broken_url, use, cache):
 
 def test_failed_download_keeps_the_good_file(broken_url, use, cache, capsys):
     use(broken_url)
-    write_all(cache)
+    write_all(cache, CONTENTS)
     assert data.main(["mnist", "--force"]) == 1
     assert f"{cache / FIRST} could not be downloaded" in capsys.readouterr().err
     assert read_all(cache) == CONTENTS
@@ -424,7 +341,7 @@ def test_command_reports_an_error_without_a_traceback(given_folder, capsys):
 def test_command_line():
     done = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", "-m", "lrnde.data", "digits"],
-        cwd=Path(data.__file__).parents[1],
+        cwd=Path(data.__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=120,
@@ -443,30 +360,30 @@ def test_idx_round_trip_and_damage(draw):
     shape = draw.draw(hnp.array_shapes(max_dims=3, min_side=0, max_side=5))
     array = draw.draw(hnp.arrays(np.uint8, shape))
     content = encode_idx(array)
-    parsed = data._parse_idx("file", content, array.ndim)
+    parsed = _images._parse_idx("file", content, array.ndim)
     assert parsed.dtype == np.uint8
     np.testing.assert_array_equal(parsed, array)
     with pytest.raises(DataError, match="file is not an IDX file"):
-        data._parse_idx("file", content, array.ndim + 1)
+        _images._parse_idx("file", content, array.ndim + 1)
     cut = draw.draw(st.integers(0, len(content) - 1))
     with pytest.raises(DataError, match="file is not"):
-        data._parse_idx("file", content[:cut], array.ndim)
+        _images._parse_idx("file", content[:cut], array.ndim)
     raw = gzip.decompress(content)
     for wrong in raw[: draw.draw(st.integers(0, len(raw) - 1))], raw + b"\0":
         with pytest.raises(DataError, match="file (is not|holds)"):
-            data._parse_idx("file", gzip.compress(wrong, mtime=0), array.ndim)
+            _images._parse_idx("file", gzip.compress(wrong, mtime=0), array.ndim)
 
 
 @given(content=st.binary(min_size=1), draw=st.data())
 def test_checksum_catches_every_change(content, draw):
     file = describe("file", content)
-    assert data._mismatch(content, file) is None
+    assert _files.mismatch(content, file) is None
     at = draw.draw(st.integers(0, len(content) - 1))
     changed = bytearray(content)
     changed[at] ^= draw.draw(st.integers(1, 255))
-    assert "is corrupt" in str(data._mismatch(bytes(changed), file))
-    assert "is truncated" in str(data._mismatch(content[:at], file))
-    assert "not the right file" in str(data._mismatch(content + b"\0", file))
+    assert "is corrupt" in str(_files.mismatch(bytes(changed), file))
+    assert "is truncated" in str(_files.mismatch(content[:at], file))
+    assert "not the right file" in str(_files.mismatch(content + b"\0", file))
 
 
 # Batches
@@ -494,7 +411,7 @@ def test_batches_are_a_function_of_seed_and_step(n, batch_size, seed, steps):
     expected = {step: sequential[step].copy() for step in steps}
     for rows in expected.values():
         sequential[0][:] = rows[0]  # what a caller does to a batch stays there
-    data._permutation.cache_clear()
+    _batches.permutation.cache_clear()
     for step in reversed(steps):
         resumed = Batches(n, batch_size, seed)[step]
         np.testing.assert_array_equal(resumed, expected[step])
