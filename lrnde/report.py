@@ -44,7 +44,15 @@ _CURVES = {
     "nfe": ("NFE", 1, "linear"),
     "accuracy": ("Accuracy (%)", 100, "linear"),
     "loss": ("Loss", 1, "log"),
+    "mse": ("Mean squared error", 1, "log"),
+    "kl": ("KL divergence", 1, "linear"),
     "penalty": ("Penalty", 1, "log"),
+}
+
+# metric: label, factor to the unit of the label.
+_MERITS = {
+    "test_accuracy": ("Test accuracy (%)", 100),
+    "test_mse": ("Test mean squared error (×10⁻³)", 1000),
 }
 
 _STYLE = {
@@ -184,6 +192,25 @@ def _losses(row: dict[str, int | float], published: dict[str, str]):
     }
 
 
+def _errors(row: dict[str, int | float], published: dict[str, str]):
+    return {
+        "train MSE x1e-3": _cell(row, "train_mse", 1000, 3),
+        "test MSE x1e-3": _cell(row, "test_mse", 1000, 3),
+        "published test MSE x1e-3": published.get("test loss x1e-3") or EMPTY,
+        "interpolation MSE x1e-3": _cell(row, "test_interpolation_mse", 1000, 3),
+        "extrapolation MSE x1e-3": _cell(row, "test_extrapolation_mse", 1000, 3),
+    }
+
+
+# What a published table calls its figure of merit: how ours stand beside it.
+_QUALITY = {"test acc %": _accuracies, "test loss x1e-3": _errors, "loss": _losses}
+
+
+def _quality(experiment: str):
+    columns = TABLES.get(experiment, [{}])[0]
+    return next((_QUALITY[name] for name in _QUALITY if name in columns), _accuracies)
+
+
 def _line(
     row: dict[str, int | float], published: dict[str, str], quality
 ) -> dict[str, str]:
@@ -228,8 +255,7 @@ def table(
     pd = _import("pandas")
     chosen = [r for r in records if (r["experiment"], r["tier"]) == (experiment, tier)]
     rows = summary(chosen, baseline)
-    classifies = experiment not in TABLES or "test acc %" in TABLES[experiment][0]
-    quality = _accuracies if classifies else _losses
+    quality = _quality(experiment)
     lines = {
         method: _line(rows.get(method, {}), _published(experiment, method), quality)
         for method in _ordered([*methods, *rows])
@@ -369,7 +395,8 @@ def learning_curves(
     **Arguments:**
 
     - `records`: Records of one experiment in one tier.
-    - `quantity`: A panel each: `"nfe"`, `"accuracy"`, `"loss"` or `"penalty"`.
+    - `quantity`: A panel each: `"nfe"`, `"loss"`, `"penalty"`, and what the experiment
+        has of `"accuracy"`, `"mse"` and `"kl"`.
 
     **Returns:**
 
@@ -415,20 +442,26 @@ def pareto(records: Sequence[dict]) -> "matplotlib.figure.Figure":
 
     **Returns:**
 
-    The figure: test NFE against test accuracy, a marker a seed. Up and to the left is
-    better.
+    The figure: test NFE against test accuracy or, where nothing is classified, the test
+    mean squared error; a marker a seed. Left is better, and so is up (accuracy) or down
+    (error).
 
     **Raises:**
 
-    `ValueError` if a method has no colour.
+    `ValueError` if a method has no colour, or records have neither of the two metrics.
     """
     groups = _by_method(records)
+    shared = set.intersection(*(set(record["metrics"]) for record in records))
+    merit = next((name for name in _MERITS if name in shared), None)
+    if merit is None:
+        raise ValueError(f"these records have none of {', '.join(_MERITS)} in common")
+    label, factor = _MERITS[merit]
     with _new_figure(1, (4.6, 3.2)) as (figure, (axes,)):
-        axes.set(xlabel="Test NFE", ylabel="Test accuracy (%)")
+        axes.set(xlabel="Test NFE", ylabel=label)
         for method, group in groups.items():
             nfe = [record["metrics"]["test_nfe"] for record in group]
-            accuracy = [100 * record["metrics"]["test_accuracy"] for record in group]
+            merits = [factor * record["metrics"][merit] for record in group]
             look = {"color": _color(method), "marker": _MARKERS.get(method, "o")}
-            axes.scatter(nfe, accuracy, s=48, edgecolors="white", label=method, **look)
+            axes.scatter(nfe, merits, s=48, edgecolors="white", label=method, **look)
         _legend(figure, [axes])
     return figure

@@ -1,4 +1,4 @@
-"""Data that is made here: simulated equations whose truth is known."""
+"""Data that is made here, whose truth is known."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._brownian import BrownianPath
 from ._solve import diffeqsolve
 from ._sri import SRIW2
+from .data import normalised_split, TimeSeries
 
 # Steps between two times at which the truth is looked at.
 _STEPS = 32
@@ -89,4 +91,47 @@ def spiral(times: int, trajectories: int) -> Moments:
         times=jnp.linspace(0, 1, times),
         means=paths.mean(axis=0),
         variances=paths.var(axis=0, ddof=1),
+    )
+
+
+# Of each channel of the oscillators: how often it is observed at a time that is.
+_RATES = {"position": 0.9, "velocity": 0.6, "sum": 0.6, "energy": 0.2}
+
+
+def oscillators(series: int = 1000) -> TimeSeries:
+    """Damped oscillators, each observed at times of its own; always the same.
+
+    With $r = a e^{-\\gamma t}$, $\\alpha = \\omega t + \\varphi$ the channels are the
+    position $q = r \\cos\\alpha$, the velocity $p = -r \\sin\\alpha$, their sum and the
+    energy $q^2 + p^2$. Amplitude $a$, rate of damping $\\gamma$, frequency $\\omega$
+    and phase $\\varphi$ are drawn anew for each series. Half of the 49 times are
+    observed, and at these each channel with a probability of its own, with Gaussian
+    noise of standard deviation 0.03.
+
+    **Arguments:**
+
+    - `series`: How many series; one in five is for testing.
+
+    **Returns:**
+
+    A `lrnde.data.TimeSeries` with its truth.
+    """
+    keys = jr.split(jr.key(0), 4)
+    times = jnp.linspace(0, 1, 49)
+    low = jnp.array([0.5, 0.2, 5.0, 0.0])
+    high = jnp.array([1.0, 1.0, 10.0, 2 * jnp.pi])
+    parameters = jr.uniform(keys[0], (series, 4), minval=low, maxval=high)
+    amplitude, damping, frequency, phase = jnp.split(parameters, 4, axis=1)
+    size = amplitude * jnp.exp(-damping * times)
+    q = size * jnp.cos(frequency * times + phase)
+    p = -size * jnp.sin(frequency * times + phase)
+    truth = jnp.stack([q, p, q + p, q**2 + p**2], axis=-1)
+    values = truth + 0.03 * jr.normal(keys[1], truth.shape)
+    mask = jr.bernoulli(keys[2], 0.5, (series, len(times), 1))
+    mask &= jr.bernoulli(keys[3], jnp.array(list(_RATES.values())), truth.shape)
+    return normalised_split(
+        "oscillators",
+        *map(np.asarray, (times, values, mask)),
+        channels=tuple(_RATES),
+        truth=np.asarray(truth),
     )

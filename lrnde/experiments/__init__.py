@@ -12,7 +12,14 @@ from ._classification import evaluate as evaluate
 from ._classification import MNISTNode as MNISTNode
 from ._classification import MNISTNSDE as MNISTNSDE
 from ._classification import Scores as Scores
+from ._physionet import evaluate_series as evaluate_series
+from ._physionet import PhysioNet as PhysioNet
+from ._physionet import SeriesScores as SeriesScores
+from ._physionet import steps_along as steps_along
+from ._physionet import Task as Task
+from ._physionet import tasks as tasks
 from ._run import Config as Config
+from ._run import DatasetConfig as DatasetConfig
 from ._run import load_state as load_state
 from ._run import measure as measure
 from ._run import OPTIMIZERS as OPTIMIZERS
@@ -26,7 +33,7 @@ from ._run import train as train
 from ._spiral import Spiral as Spiral
 
 EXPERIMENTS: dict[str, type[Config]] = {
-    config.experiment: config for config in (MNISTNode, MNISTNSDE, Spiral)
+    config.experiment: config for config in (MNISTNode, MNISTNSDE, PhysioNet, Spiral)
 }
 
 

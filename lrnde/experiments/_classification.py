@@ -15,7 +15,7 @@ from .. import data
 from ..models import NeuralODEClassifier, NeuralSDEClassifier
 from ..objectives import accuracy, correct, cross_entropy
 from ..training import Evaluation
-from ._run import Config, constant, MAX_STEPS
+from ._run import check_solved, constant, DatasetConfig, MAX_STEPS
 
 
 class Scores(NamedTuple):
@@ -78,53 +78,30 @@ def evaluate(
         if key is not None:
             kwargs["key"] = jr.fold_in(key, len(nfes))
         out = jax.device_get(_score(model, x[rows], y[rows], mask, kwargs))
-        if not out[3]:
-            raise RuntimeError(
-                f"evaluation: a solve needs more than {MAX_STEPS} steps, the limit of "
-                "the training. Loosen the tolerance or train with a larger weight."
-            )
+        check_solved(bool(out[3]))
         loss, hits = loss + float(out[0]), hits + int(out[1])
         nfes.append(int(out[2]))
     return Scores(loss / len(x), hits / len(x), sum(nfes) / len(nfes))
 
 
 @dataclass(frozen=True)
-class Classifier(Config):
+class Classifier(DatasetConfig):
     """A classifier of images.
 
-    **Arguments:** those of `Config`, and
+    **Arguments:** those of `DatasetConfig`, and
 
-    - `dataset`: A data set of `lrnde.data.load`.
-    - `validation`: Hold out that many training examples and report on them in place of
-        the test set; for choosing settings. 0 reports on the test set.
     - `hidden`: Width of the hidden layer of the vector field.
-    - `batch_size`: Training examples in one batch, which is one solve.
-    - `eval_batch_size`: Examples in one batch of the evaluation.
-    - `eval_train_size`: Training examples used for the training metrics.
     """
 
-    dataset: str = "digits"
-    validation: int = 0
     hidden: int = 100
-    batch_size: int = 128
-    eval_batch_size: int = 512
-    eval_train_size: int = 10_000
 
     @classmethod
     def counts(cls):
-        sizes = ("batch_size", "hidden", "eval_batch_size", "eval_train_size")
-        return (*super().counts(), *sizes)
-
-    def load_data(self) -> data.Dataset:
-        """The data set, its test part replaced if validation is asked for."""
-        dataset = data.load(self.dataset)
-        if self.validation:
-            return data.validation_split(dataset, self.validation, seed=0)
-        return dataset
+        return (*super().counts(), "hidden")
 
     def batches(self, dataset):
         x, y = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train)
-        order = data.Batches(len(x), self.batch_size, self.seed)
+        order = self.order(dataset)
 
         def batch(step):
             rows = jnp.asarray(order[step])

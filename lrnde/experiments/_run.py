@@ -22,7 +22,7 @@ import jax.random as jr
 import optax
 from jaxtyping import PyTree
 
-from .. import _explicit, _sri, records
+from .. import _explicit, _sri, data, records
 from .._regularizers import AbstractRegularizer, LocalError, LocalStiffness
 from ..timing import interleave
 from ..training import (
@@ -59,6 +59,15 @@ OPTIMIZERS = {"adam": optax.adam, "adamax": optax.adamax, "adabelief": optax.ada
 
 # What training may use, evaluation may use: it sets no memory aside for its steps.
 MAX_STEPS = StepBudget().limit
+
+
+def check_solved(successful: bool) -> None:
+    """Raises a `RuntimeError` if a solve of the evaluation did not reach its end."""
+    if not successful:
+        raise RuntimeError(
+            f"evaluation: a solve needs more than {MAX_STEPS} steps, the limit of the "
+            "training. Loosen the tolerance or train with a larger weight."
+        )
 
 
 def constant(value: float):
@@ -160,6 +169,43 @@ class Config(abc.ABC):
     def key(self, purpose: int) -> jax.Array:
         """A key of the run: 0 for its parameters, 1 for training, 2 for evaluation."""
         return jr.fold_in(jr.key(self.seed), purpose)
+
+
+@dataclass(frozen=True)
+class DatasetConfig(Config):
+    """An experiment that takes its batches from a data set.
+
+    **Arguments:** those of `Config`, and
+
+    - `dataset`: A data set of `lrnde.data.load`.
+    - `validation`: Hold out that many training examples and report on them in place of
+        the test set; for choosing settings. 0 reports on the test set.
+    - `batch_size`: Training examples in one batch, which is one solve.
+    - `eval_batch_size`: Examples in one batch of the evaluation.
+    - `eval_train_size`: Training examples used for the training metrics.
+    """
+
+    dataset: str = "digits"
+    validation: int = 0
+    batch_size: int = 128
+    eval_batch_size: int = 512
+    eval_train_size: int = 10_000
+
+    @classmethod
+    def counts(cls):
+        sizes = ("batch_size", "eval_batch_size", "eval_train_size")
+        return (*super().counts(), *sizes)
+
+    def load_data(self) -> data.Dataset | data.TimeSeries:
+        """The data set, its test part replaced if validation is asked for."""
+        dataset = data.load(self.dataset)
+        if self.validation:
+            return data.validation_split(dataset, self.validation, seed=0)
+        return dataset
+
+    def order(self, dataset: data.Dataset | data.TimeSeries) -> data.Batches:
+        """Which training examples are in which batch."""
+        return data.Batches(len(dataset.x_train), self.batch_size, self.seed)
 
 
 def time_predictions(

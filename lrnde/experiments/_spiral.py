@@ -11,7 +11,7 @@ from .. import simulated
 from ..models import Paths, SpiralSDE
 from ..objectives import moment_distance
 from ..training import Evaluation
-from ._run import Config, constant, MAX_STEPS
+from ._run import check_solved, Config, constant, MAX_STEPS
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,7 @@ class Spiral(Config):
             for metric in ("loss", "nfe"):
                 values = [float(getattr(x, metric)) for x in found]
                 scores[f"{name}_{metric}"] = sum(values) / len(values)
-            if not all(x.successful for x in found):
-                raise RuntimeError(
-                    f"evaluation: a solve needs more than {MAX_STEPS} steps. Loosen "
-                    "the tolerance or train with a larger weight."
-                )
+            check_solved(all(x.successful for x in found))
         return scores
 
     def prediction(self, dataset):

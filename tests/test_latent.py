@@ -1,0 +1,363 @@
+"""Latent ODEs: the encoder, the model, its objectives and its evaluation."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import lrnde
+from lrnde import experiments, objectives
+from lrnde.experiments import evaluate_series, PhysioNet, steps_along, Task, tasks
+from lrnde.models import GRUEncoder, LatentODE
+from lrnde.models._latent import time_gaps
+
+BATCH, TIMES, CHANNELS = 6, 9, 3
+TS = jnp.linspace(0, 1, TIMES) ** 1.5  # uneven
+
+
+def make_model(tolerance=1e-5, channels=CHANNELS):
+    return LatentODE(
+        channels,
+        latent=4,
+        hidden=5,
+        depth=2,
+        encoder_size=5,
+        encoder_hidden=4,
+        solver=lrnde.Tsit5(),
+        tolerance=tolerance,
+        key=jr.key(0),
+    )
+
+
+def observations(seed=0):
+    """Series of which the last has no observation, and times at which none has."""
+    x = jr.normal(jr.key(seed), (BATCH, TIMES, CHANNELS))
+    mask = jr.bernoulli(jr.key(seed + 1), 0.4, x.shape)
+    return x, mask.at[-1].set(False).at[:, 3].set(False)
+
+
+masks = hnp.arrays(bool, (BATCH, TIMES, CHANNELS))
+
+
+# The encoder
+
+
+def read_backwards(encoder, times, x, mask):
+    """The encoder's equations for one series, a time after the other."""
+    sigmoid = lambda a: 1 / (1 + np.exp(-a))  # noqa: E731
+    hidden = encoder.candidate.shape[1]
+    weights = jax.tree.map(lambda w: np.asarray(w, np.float64), encoder)
+    inputs, gates = weights.inputs, weights.gates
+    state = np.zeros(len(gates))
+    size = len(state) // 2
+    last = None
+    for i in reversed(range(len(times))):
+        if not mask[i].any():
+            continue
+        gap = 0.0 if last is None else last - times[i]
+        last = times[i]
+        v = np.concatenate([np.where(mask[i], x[i], 0.0), mask[i], [gap]])
+
+        def layer(part, state, weight, v=v):
+            columns = slice(part * hidden, (part + 1) * hidden)
+            from_v = v @ inputs.weight[:, columns] + inputs.bias[columns]
+            return np.tanh(state @ weight + from_v)
+
+        u = layer(0, state, gates[:, :hidden])
+        u = sigmoid(u @ weights.update.weight + weights.update.bias)
+        r = layer(1, state, gates[:, hidden:])
+        r = sigmoid(r @ weights.reset.weight + weights.reset.bias)
+        m, s = state[:size], state[size:]
+        new = layer(2, np.concatenate([r * m, r * s]), weights.candidate)
+        new = new @ weights.proposal.weight + weights.proposal.bias
+        state = np.concatenate(
+            [(1 - u) * new[:size] + u * m, (1 - u) * new[size:] + u * s]
+        )
+    return state
+
+
+@given(mask=masks)
+@settings(max_examples=20)
+def test_the_encoder_is_its_equations(mask):
+    x, _ = observations()
+    encoder = GRUEncoder(CHANNELS, 5, 4, key=jr.key(3))
+    biases = lambda e: (e.inputs.bias, e.update.bias, e.reset.bias, e.proposal.bias)  # noqa: E731
+    encoder = eqx.tree_at(biases, encoder, replace_fn=lambda b: b + 0.3)
+    states = encoder(TS, x, jnp.asarray(mask))
+    for i in range(BATCH):
+        expected = read_backwards(encoder, np.asarray(TS), np.asarray(x[i]), mask[i])
+        np.testing.assert_allclose(states[i], expected, rtol=1e-4, atol=1e-5)
+
+
+@given(observed=hnp.arrays(bool, (2, TIMES)))
+@settings(max_examples=20)
+def test_gaps_lead_to_the_next_observation(observed):
+    gaps = time_gaps(TS, jnp.asarray(observed))
+    for row, gap in zip(observed, gaps, strict=True):
+        for i in range(TIMES):
+            later = [
+                t for t, seen in zip(TS[i + 1 :], row[i + 1 :], strict=True) if seen
+            ]
+            expected = float(later[0] - TS[i]) if later else 0.0
+            assert float(gap[i]) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("filling", [np.nan, np.inf, 1e6])
+def test_masked_values_have_no_effect_at_all(filling):
+    model, (x, mask) = make_model(), observations()
+
+    def loss(model, x):
+        out = model(TS, x, mask, key=jr.key(1), max_steps=32)
+        likelihood = objectives.gaussian_log_likelihood(out.x, x, mask, 0.1)
+        return jnp.mean(objectives.kl_divergence(*out.posterior) - likelihood)
+
+    value_and_grad = eqx.filter_jit(eqx.filter_value_and_grad(loss))
+    filled = jnp.where(mask, x, filling)
+    assert eqx.tree_equal(value_and_grad(model, x), value_and_grad(model, filled))
+    by_x = jax.grad(lambda x: loss(model, x))(filled)
+    assert jnp.all(jnp.where(mask, 0, by_x) == 0)
+    assert jnp.all(jnp.isfinite(by_x)) and jnp.any(by_x != 0)
+
+
+def test_a_series_without_observation_has_the_prior():
+    model, (x, mask) = make_model(), observations()
+    posterior = model.encode(TS, x, mask)
+    assert jnp.all(posterior.mean[-1] == 0) and jnp.all(posterior.log_variance[-1] == 0)
+    assert jnp.all(jnp.abs(posterior.mean[:-1]) > 0)
+    assert objectives.kl_divergence(*posterior)[-1] == 0
+    samples = jax.vmap(lambda key: posterior.sample(key)[-1])(jr.split(jr.key(2), 2000))
+    assert scipy.stats.kstest(np.ravel(samples), "norm").pvalue > 0.01
+
+
+def test_permuting_the_batch_permutes_the_result(float64):
+    x, mask = (jnp.asarray(a) for a in observations())
+    model, x = jax.tree.map(
+        lambda a: a.astype(float) if eqx.is_inexact_array(a) else a, (make_model(), x)
+    )
+    order = np.random.default_rng(0).permutation(BATCH)
+    out, permuted = model(TS, x, mask), model(TS, x[order], mask[order])
+    np.testing.assert_allclose(permuted.x, out.x[order], rtol=1e-9)
+    for a, b in zip(permuted.posterior, out.posterior, strict=True):
+        np.testing.assert_allclose(a, b[order], rtol=1e-12)
+    assert permuted.nfe == out.nfe
+
+
+# The model
+
+
+def test_the_published_size():
+    model = LatentODE(37, solver=lrnde.Tsit5(), tolerance=1e-3, key=jr.key(0))
+    sizes = [x.size for x in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))]
+    into = 2 * 50 + 2 * 37 + 1  # state, values, mask and gap
+    gates = 2 * ((into * 40 + 40) + (40 * 50 + 50))
+    proposal = (into * 40 + 40) + (40 * 100 + 100)
+    posterior = (100 * 50 + 50) + (50 * 40 + 40)
+    field = 4 * ((20 * 40 + 40) + (40 * 20 + 20))
+    assert sum(sizes) == gates + proposal + posterior + field + (20 * 37 + 37) == 43_827
+
+
+@pytest.mark.parametrize("sampling", ["unbiased", "biased", "error"])
+def test_the_measured_step_is_the_solvers_own_whatever_is_saved(sampling):
+    model = make_model(1e-7)
+    y0 = jr.normal(jr.key(4), (BATCH, 4))
+
+    @eqx.filter_jit
+    def solve(key, saveat):
+        regularizer = lrnde.LocalError(sampling)
+        sol, penalty = model.solve(
+            TS, y0, regularizer=regularizer, key=key, saveat=saveat
+        )
+        return penalty, sol.stats["nfe"]
+
+    keys = jr.split(jr.key(5), 20)
+    at_times = [solve(key, diffrax.SaveAt(ts=TS)) for key in keys]
+    at_end = [solve(key, diffrax.SaveAt(t1=True)) for key in keys]
+    np.testing.assert_allclose(np.array(at_times), np.array(at_end), rtol=1e-5)
+    assert len({float(penalty) for penalty, _ in at_end}) > 2
+
+
+def test_a_reconstruction_is_the_readout_of_the_solve():
+    model, (x, mask) = make_model(1e-7), observations()
+    out = model(TS, x, mask)
+    for i, t in enumerate(TS):
+        if i == 0:
+            y = out.posterior.mean
+        else:
+            sol = diffrax.diffeqsolve(
+                diffrax.ODETerm(model.vector_field),
+                diffrax.Dopri8(),
+                0.0,
+                t,
+                None,
+                out.posterior.mean,
+                stepsize_controller=diffrax.PIDController(rtol=1e-7, atol=1e-7),
+            )
+            y = sol.ys[-1]
+        np.testing.assert_allclose(out.x[:, i], model.readout(y), atol=3e-5)
+    assert out.successful and out.penalty == 0
+
+
+def test_gradient_of_the_objective_against_finite_differences(float64):
+    config = PhysioNet(deviation=0.3)
+    x, mask = observations()
+    batch = (TS, x.astype(float), mask, jnp.asarray(0.7))
+    params, static = eqx.partition(make_model(1e-10), eqx.is_inexact_array)
+    params = jax.tree.map(lambda a: a.astype(float), params)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jr.split(jr.key(7), len(leaves))
+    direction = tree.unflatten(
+        [jr.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
+    )
+
+    @jax.jit
+    def loss(scale):
+        moved = jax.tree.map(lambda a, d: a + scale * d, params, direction)
+        model = eqx.combine(moved, static)
+        return config.objective(model, batch, key=jr.key(1), max_steps=128).loss
+
+    h = 1e-4
+    expected = (loss(h) - loss(-h)) / (2 * h)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(0.0), expected, rtol=1e-5)
+
+
+# Objectives
+
+
+@jax.jit
+def error_and_likelihood(prediction, x, mask):
+    error = objectives.squared_error(prediction, x, mask)
+    return error, objectives.gaussian_log_likelihood(prediction, x, mask, 0.2)
+
+
+@given(mask=masks)
+@settings(max_examples=30)
+def test_likelihood_and_error_are_means_over_the_mask(mask):
+    x, prediction = (observations(seed)[0] for seed in (0, 10))
+    filled = jnp.where(mask, x, jnp.nan)
+    found = error_and_likelihood(prediction, filled, jnp.asarray(mask))
+    for i, (error, likelihood) in enumerate(zip(*found, strict=True)):
+        if not mask[i].any():
+            assert error == 0
+            continue
+        a, b = np.asarray(prediction[i])[mask[i]], np.asarray(x[i])[mask[i]]
+        np.testing.assert_allclose(error, np.mean((a - b) ** 2), rtol=1e-4)
+        expected = scipy.stats.norm.logpdf(b, a, 0.2).mean()
+        np.testing.assert_allclose(likelihood, expected, rtol=1e-3)
+
+
+@given(mean=st.floats(-3, 3), log_variance=st.floats(-6, 2))
+def test_divergence_is_its_integral(mean, log_variance):
+    posterior = scipy.stats.norm(mean, np.exp(log_variance / 2))
+    expected = posterior.expect(
+        lambda z: posterior.logpdf(z) - scipy.stats.norm.logpdf(z)
+    )
+    # Beside a coordinate that has the prior, which adds nothing.
+    found = objectives.kl_divergence(
+        jnp.array([[mean, 0.0]]), jnp.array([[log_variance, 0.0]])
+    )
+    np.testing.assert_allclose(found, [expected / 2], rtol=1e-3, atol=1e-5)
+
+
+@given(wait=st.integers(0, 200), rate=st.floats(0.5, 0.999))
+def test_annealing_rises_from_zero_to_one(wait, rate):
+    weights = [objectives.kl_annealing(step, wait, rate) for step in range(wait + 50)]
+    assert not any(weights[: wait + 1])
+    assert all(a < b for a, b in zip(weights[wait:], weights[wait + 1 :], strict=False))
+    assert weights[-1] < 1
+    assert objectives.kl_annealing(10**6, wait, rate) == pytest.approx(1)
+
+
+# The experiment
+
+
+@given(mask=masks)
+@settings(max_examples=20)
+def test_no_entry_is_both_seen_and_asked_for(mask):
+    found = tasks(np.asarray(TS), mask)
+    np.testing.assert_array_equal(found["reconstruction"].asked, mask)
+    np.testing.assert_array_equal(found["reconstruction"].seen, mask)
+    for name in ("interpolation", "extrapolation"):
+        seen, asked = found[name]
+        assert not np.any(seen & asked)
+        np.testing.assert_array_equal(seen | asked, mask)
+    late = np.nonzero(found["extrapolation"].asked)[1]
+    early = np.nonzero(found["extrapolation"].seen)[1]
+    assert np.all(TS[late] > 0.5) and np.all(TS[early] <= 0.5)
+
+
+def test_scores_are_means_over_series_that_were_asked_about():
+    model, (x, mask) = make_model(1e-6), map(np.asarray, observations())
+    task = tasks(np.asarray(TS), mask)["interpolation"]
+    asked = task.asked.copy()
+    asked[0] = False
+    task = Task(task.seen, asked)
+    scores = evaluate_series(model, np.asarray(TS), x, task, BATCH, 0.1)
+    out = model(TS, *map(jnp.asarray, (x, task.seen)))
+    errors = [
+        np.mean((out.x[i] - x[i])[asked[i]] ** 2)
+        for i in range(BATCH)
+        if asked[i].any()
+    ]
+    assert 0 < len(errors) < BATCH - 1  # the first and the last are left out
+    assert scores.mse == pytest.approx(np.mean(errors), rel=1e-4)
+    assert scores.nfe == float(out.nfe)
+    # What was asked for is not seen: another value there changes no prediction.
+    other = evaluate_series(
+        model, np.asarray(TS), np.where(asked, x + 1, x), task, BATCH, 0.1
+    )
+    shifted = [
+        np.mean((out.x[i] - x[i] - 1)[asked[i]] ** 2)
+        for i in range(BATCH)
+        if asked[i].any()
+    ]
+    assert other.mse == pytest.approx(np.mean(shifted), rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_scores_do_not_depend_on_the_padding(batch_size):
+    model, (x, mask) = make_model(1e-7), map(np.asarray, observations())
+    task = Task(mask, mask)
+    whole = evaluate_series(model, np.asarray(TS), x, task, BATCH, 0.1)
+    parts = evaluate_series(model, np.asarray(TS), x, task, batch_size, 0.1)
+    assert parts.mse == pytest.approx(whole.mse, rel=1e-3)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-3)
+
+
+def test_steps_along_the_time_add_up_to_those_of_the_solve():
+    model, (x, mask) = make_model(1e-7), map(np.asarray, observations())
+    ts = np.asarray(TS)
+    out = model(*map(jnp.asarray, (ts, x, mask)))
+    whole, halves, parts = (steps_along(model, ts, x, mask, n) for n in (1, 2, 8))
+    assert whole.sum() == out.num_steps  # this solve rejects none
+    np.testing.assert_allclose(halves.sum(), whole.sum(), rtol=1e-6)
+    np.testing.assert_allclose(parts.reshape(2, 4).sum(axis=1), halves, rtol=1e-6)
+    assert np.all(parts > 0) and parts[0] == max(parts)  # the first step is short
+
+
+def test_the_oscillators_are_observed_truth():
+    dataset = experiments.configs(
+        {"experiment": "physionet", "methods": ["vanilla"], "seeds": [0]}
+    )[0].load_data()
+    assert dataset.name == "oscillators"
+    for part in ("train", "test"):
+        x, mask, truth = (
+            getattr(dataset, f"{n}_{part}") for n in ("x", "mask", "truth")
+        )
+        noise = (x - truth) * (dataset.high - dataset.low)
+        np.testing.assert_allclose(noise[mask].std(), 0.03, rtol=0.02)
+        assert not x[~mask].any()
+        assert np.all(0.05 < mask.mean(axis=(0, 1))) and np.all(
+            mask.mean(axis=(0, 1)) < 0.5
+        )
+        q, p, total, energy = np.moveaxis(
+            dataset.low + truth * (dataset.high - dataset.low), -1, 0
+        )
+        np.testing.assert_allclose(q + p, total, atol=1e-5)
+        np.testing.assert_allclose(q**2 + p**2, energy, atol=1e-5)
