@@ -7,7 +7,7 @@ pandas and the figures matplotlib: `pip install 'lrnde[book]'`.
 import contextlib
 import importlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -291,6 +291,77 @@ def published_table(experiment: str) -> "pandas.DataFrame":
     return frame
 
 
+def _readable(value: object) -> str:
+    """A setting; of a schedule its numbers and its kind."""
+    if not isinstance(value, dict):
+        return str(value)
+    numbers = [f"{number:g}" for name, number in value.items() if name != "kind"]
+    return f"{', '.join(numbers)} ({value['kind']})"
+
+
+def settings_table(columns: Mapping[str, Mapping]) -> "pandas.DataFrame":
+    """Settings side by side.
+
+    **Arguments:**
+
+    - `columns`: From the name of a column to its settings; those of the first column
+        are shown.
+
+    **Returns:**
+
+    A data frame of text, a row a setting; "–" where a column lacks it.
+    """
+    pd = _import("pandas")
+    names = list(next(iter(columns.values())))
+    cells = {
+        column: [_readable(settings.get(name, EMPTY)) for name in names]
+        for column, settings in columns.items()
+    }
+    return pd.DataFrame(cells, index=pd.Index(names, name="setting"))
+
+
+# metric: its name, factor to its unit, unit, and whether its changes are relative.
+_FINDINGS = {
+    "test_accuracy": ("test accuracy", 100, " %", False),
+    "test_mse": ("test error", 1000, " ×10⁻³", True),
+    "test_loss": ("test loss", 1, "", True),
+}
+
+
+def findings(records: Sequence[dict]) -> str:
+    """What the records say, in a line of Markdown for each method.
+
+    **Arguments:**
+
+    - `records`: Records of one experiment in one tier.
+
+    **Returns:**
+
+    A list: NFE and figure of merit of vanilla; for each other method its NFE and times
+    relative to vanilla's, and how far its figure of merit is from vanilla's.
+    """
+    rows = summary(records)
+    base = rows.pop("vanilla", None)
+    if base is None:
+        return "*Nothing to compare: there are no records of vanilla.*"
+    merit = next(name for name in _FINDINGS if name in base)
+    name, factor, unit, relative = _FINDINGS[merit]
+    nfe, quality = _cell(base, "test_nfe", 1, 1), _cell(base, merit, factor, 3)
+    lines = [f"- *vanilla*: NFE {nfe}, {name} {quality}{unit}."]
+    for method, row in rows.items():
+        gap = factor * (row[merit] - base[merit])
+        change = f"{gap:+.2f} points"
+        if relative:
+            change = f"{100 * gap / (factor * base[merit]):+.1f} %"
+        lines.append(
+            f"- *{method}*: {row['nfe_ratio']:.3f} times the NFE of vanilla, "
+            f"{row['predict_ratio']:.3f} times its prediction time, "
+            f"{row['train_step_ratio']:.3f} times its time for a training step; {name} "
+            f"{change}."
+        )
+    return "\n".join(lines)
+
+
 def _distinct(values: Sequence) -> str:
     return ", ".join(str(value) for value in sorted(set(values)))
 
@@ -433,6 +504,13 @@ def _legend(figure: "matplotlib.figure.Figure", panels: Sequence) -> None:
         figure.legend(handles, names, loc="outside upper center", ncols=len(names))
 
 
+def _common_merit(records: Sequence[dict]) -> str:
+    for name in _MERITS:
+        if all(name in record["metrics"] for record in records):
+            return name
+    raise ValueError(f"these records have none of {', '.join(_MERITS)} in common")
+
+
 def pareto(records: Sequence[dict]) -> "matplotlib.figure.Figure":
     """Draws what each model costs against what it achieves.
 
@@ -451,10 +529,7 @@ def pareto(records: Sequence[dict]) -> "matplotlib.figure.Figure":
     `ValueError` if a method has no colour, or records have neither of the two metrics.
     """
     groups = _by_method(records)
-    shared = set.intersection(*(set(record["metrics"]) for record in records))
-    merit = next((name for name in _MERITS if name in shared), None)
-    if merit is None:
-        raise ValueError(f"these records have none of {', '.join(_MERITS)} in common")
+    merit = _common_merit(records)
     label, factor = _MERITS[merit]
     with _new_figure(1, (4.6, 3.2)) as (figure, (axes,)):
         axes.set(xlabel="Test NFE", ylabel=label)

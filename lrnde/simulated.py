@@ -118,8 +118,8 @@ def oscillators(series: int = 1000) -> TimeSeries:
     """
     keys = jr.split(jr.key(0), 4)
     times = jnp.linspace(0, 1, 49)
-    low = jnp.array([0.5, 0.2, 5.0, 0.0])
-    high = jnp.array([1.0, 1.0, 10.0, 2 * jnp.pi])
+    low = jnp.array([0.5, 0.2, 2.0, 0.0])
+    high = jnp.array([1.0, 1.0, 5.0, 2 * jnp.pi])
     parameters = jr.uniform(keys[0], (series, 4), minval=low, maxval=high)
     amplitude, damping, frequency, phase = jnp.split(parameters, 4, axis=1)
     size = amplitude * jnp.exp(-damping * times)

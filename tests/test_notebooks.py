@@ -84,6 +84,15 @@ def check_mnist_nsde(results):
     assert all(deviation > 0 for deviation in results["deviations"].values())
 
 
+def check_physionet(results):
+    assert results["losses_finite"] is True
+    assert results["record_written"] is True
+    for method, mse in results["test_mse"].items():
+        assert 0 < mse < 0.5 * results["first_mse"][method]
+        assert 0 < results["coverage"][method] <= 1
+    assert 0 < results["nfe_ratio"]["biased"] < 1.5
+
+
 CHECKS = {
     "first_look": check_first_look,
     "adaptive_solvers": check_adaptive_solvers,
@@ -94,6 +103,7 @@ CHECKS = {
     "mnist_node": check_mnist_node,
     "mnist_nsde": check_mnist_nsde,
     "spiral_sde": check_spiral_sde,
+    "physionet": check_physionet,
 }
 
 

@@ -195,6 +195,67 @@ def test_no_records_have_a_note_too():
     assert "No records" in report.provenance_note([])
 
 
+# Settings and findings
+
+
+def test_settings_stand_side_by_side():
+    table = report.settings_table(
+        {
+            "published": {"steps": 7500, "rate": {"kind": "constant", "value": 1e-3}},
+            "ours": {"rate": {"kind": "cosine", "start": 0.1, "end": 0.01}, "more": 1},
+        }
+    )
+    assert table.index.tolist() == ["steps", "rate"]
+    assert table["published"].tolist() == ["7500", "0.001 (constant)"]
+    assert table["ours"].tolist() == ["–", "0.1, 0.01 (cosine)"]
+
+
+def series_records(mse):
+    """Records of an experiment in which nothing is classified."""
+    made = []
+    for method, values in mse.items():
+        for seed, value in enumerate(values):
+            record = make_record(method, seed, experiment="physionet")
+            record["metrics"] |= {"test_mse": value, "train_mse": value / 2}
+            del record["metrics"]["test_accuracy"], record["metrics"]["train_accuracy"]
+            made.append(record)
+    return made
+
+
+@given(st.dictionaries(st.sampled_from(["unbiased", "biased"]), samples), samples)
+def test_findings_compare_with_vanilla(others, vanilla):
+    text = report.findings(series_records({"vanilla": vanilla} | others))
+    first, *rest = text.splitlines()
+    assert first.startswith("- *vanilla*: NFE 49.5")
+    assert len(rest) == len(others)
+    for method, values in others.items():
+        change = 100 * (np.mean(values) / np.mean(vanilla) - 1)
+        (line,) = [line for line in rest if f"*{method}*" in line]
+        assert "1.000 times the NFE of vanilla" in line
+        assert line.endswith(f"test error {change:+.1f} %.") or abs(change) > 1e6
+
+
+def test_findings_of_classifiers_are_in_points():
+    records = [make_record(), make_record("biased", metrics={"test_accuracy": 0.9371})]
+    assert "test accuracy -1.29 points." in report.findings(records)
+
+
+def test_findings_want_vanilla():
+    assert "no records of vanilla" in report.findings([make_record("biased")])
+    assert "no records of vanilla" in report.findings([])
+
+
+def test_errors_stand_beside_the_published_ones():
+    records = series_records({"vanilla": [0.004, 0.005], "biased": [0.003]})
+    table = report.table(records, "physionet", "cpu")
+    column = table["test MSE x1e-3"]
+    assert column.tolist() == ["4.500 ± 0.707", "missing", "3.000"]
+    assert table["published test MSE x1e-3"].tolist() == [
+        *("3.41 ± 0.10", "3.64 ± 0.07", "3.63 ± 0.08")
+    ]
+    assert table["extrapolation MSE x1e-3"].tolist() == ["–", "missing", "–"]
+
+
 # Figures
 
 
@@ -263,6 +324,16 @@ def test_pareto_has_a_marker_a_seed():
         np.testing.assert_allclose(accuracy, 95)
         color = matplotlib.colors.to_hex(group.get_facecolor()[0])
         assert color == report.COLORS[group.get_label()].lower()
+
+
+def test_pareto_draws_errors_where_nothing_is_classified():
+    records = series_records({"vanilla": [0.004, 0.005]})
+    (axes,) = report.pareto(records).axes
+    (group,) = axes.collections
+    np.testing.assert_allclose(group.get_offsets()[:, 1], [4, 5])
+    assert "error" in axes.get_ylabel()
+    with pytest.raises(ValueError, match="none of test_accuracy, test_mse"):
+        report.pareto([*records, make_record(experiment="physionet")])
 
 
 def test_unknown_names_are_errors():

@@ -55,9 +55,9 @@ class GRUEncoder(eqx.Module):
     be the values, the mask and the time since the observation that was read before. At
     a time with an observation
 
-    - $u, r = \\sigma(\\tanh([m, s, v] W_1 + a_1) W_2 + a_2)$ are the two gates,
+    - $g, r = \\sigma(\\tanh([m, s, v] W_1 + a_1) W_2 + a_2)$ are the two gates,
     - $\\tilde m, \\tilde s = \\tanh([r m, r s, v] W_3 + a_3) W_4 + a_4$ the proposal,
-    - $m \\leftarrow (1 - u) \\tilde m + u m$, and likewise $s$
+    - $m \\leftarrow (1 - g) \\tilde m + g m$, and likewise $s$
 
     (each gate with a hidden layer of its own). At other times $m$ and $s$ stay as they
     are. This is the unit of Rubanova et al. (2019) without the differential equation
@@ -74,10 +74,10 @@ class GRUEncoder(eqx.Module):
     """
 
     inputs: Linear
-    gates: Float[Array, "state hidden"]
+    gates: Float[Array, "state twice_hidden"]
     update: Linear
     reset: Linear
-    candidate: Float[Array, "state hidden2"]
+    candidate: Float[Array, "state hidden"]
     proposal: Linear
 
     def __init__(self, channels: int, size: int, hidden: int, *, key: PRNGKeyArray):
