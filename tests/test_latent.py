@@ -341,6 +341,15 @@ def test_steps_along_the_time_add_up_to_those_of_the_solve():
     assert np.all(parts > 0) and parts[0] == max(parts)  # the first step is short
 
 
+@pytest.mark.parametrize(
+    "config",
+    [PhysioNet(dataset="digits"), experiments.MNISTNode(dataset="oscillators")],
+)
+def test_another_kind_of_data_is_refused(config):
+    with pytest.raises(ValueError, match=f"'{config.dataset}' is a .*; .* needs a"):
+        config.load_data()
+
+
 def test_the_oscillators_are_observed_truth():
     dataset = experiments.configs(
         {"experiment": "physionet", "methods": ["vanilla"], "seeds": [0]}

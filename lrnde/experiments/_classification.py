@@ -93,6 +93,8 @@ class Classifier(DatasetConfig):
     - `hidden`: Width of the hidden layer of the vector field.
     """
 
+    data_type = data.Dataset
+
     hidden: int = 100
 
     @classmethod

@@ -166,6 +166,8 @@ class PhysioNet(DatasetConfig):
     - `kl_wait`, `kl_rate`: See `lrnde.objectives.kl_annealing`.
     """
 
+    data_type = data.TimeSeries
+
     experiment: str = "physionet"
     dataset: str = "oscillators"
     optimizer: str = "adamax"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -185,6 +185,8 @@ class DatasetConfig(Config):
     - `eval_train_size`: Training examples used for the training metrics.
     """
 
+    data_type: ClassVar[type]
+
     dataset: str = "digits"
     validation: int = 0
     batch_size: int = 128
@@ -197,8 +199,18 @@ class DatasetConfig(Config):
         return (*super().counts(), *sizes)
 
     def load_data(self) -> data.Dataset | data.TimeSeries:
-        """The data set, its test part replaced if validation is asked for."""
+        """The data set, its test part replaced if validation is asked for.
+
+        **Raises:**
+
+        - `ValueError` if it is not of this experiment's `data_type`.
+        """
         dataset = data.load(self.dataset)
+        if not isinstance(dataset, self.data_type):
+            raise ValueError(
+                f"dataset={self.dataset!r} is a {type(dataset).__name__}; "
+                f"{type(self).__name__} needs a {self.data_type.__name__}."
+            )
         if self.validation:
             return data.validation_split(dataset, self.validation, seed=0)
         return dataset
