@@ -114,7 +114,7 @@ def test_real_mnist(monkeypatch):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match=r"'minst'.*\['digits', 'mnist', "):
+    with pytest.raises(ValueError, match=r"'minst'.*\['cifar10', 'digits', 'mnist', "):
         data.load("minst")
 
 
@@ -123,6 +123,7 @@ def test_unknown_name():
     [
         (data.digits, ["sklearn", "sklearn.datasets"]),
         (data.mnist, ["pooch"]),
+        (data.cifar10, ["pooch"]),
     ],
 )
 def test_missing_package_names_the_extra(load, modules, monkeypatch):

@@ -11,10 +11,13 @@ files of its source anew.
 
 from ._batches import Batches as Batches
 from ._batches import padded_batches as padded_batches
+from ._cifar10 import cifar10 as cifar10
 from ._files import DataError as DataError
+from ._images import averaged_down as averaged_down
 from ._images import Dataset as Dataset
 from ._images import digits as digits
 from ._images import mnist as mnist
+from ._images import standardised as standardised
 from ._load import load as load
 from ._load import main as main
 from ._physionet import physionet2012 as physionet2012
@@ -28,6 +31,8 @@ __all__ = [
     "DataError",
     "Dataset",
     "TimeSeries",
+    "averaged_down",
+    "cifar10",
     "digits",
     "load",
     "main",
@@ -35,5 +40,6 @@ __all__ = [
     "normalised_split",
     "padded_batches",
     "physionet2012",
+    "standardised",
     "validation_split",
 ]

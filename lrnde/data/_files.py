@@ -24,25 +24,41 @@ def read(
 
     With `names`, of the files of these names alone.
     """
-    files, urls = SOURCES[name]
-    files = [file for file in files if names is None or file.name in names]
-    origin = "the argument `folder`" if folder else "LRNDE_DATA"
-    given = folder or os.environ.get("LRNDE_DATA")
+    source = SOURCES[name]
+    files = [file for file in source.files if names is None or file.name in names]
+    given = given_folder(name, folder)
     if given:
-        home = Path(given).expanduser() / name
-        remedy = (
-            f"The folder comes from {origin} and is never written to: put a good copy "
-            f"of the file there, or leave {origin} unset and run "
-            f"`python -m lrnde.data {name}` to download the data into the cache."
-        )
+        home, remedy = given
     else:
         home = cache(name)
-        fetch(files, urls, home)
+        fetch(files, source.urls, home)
         remedy = f"Run `python -m lrnde.data {name} --force` to download it again."
-    return [_read_verified(home / file.name, file, remedy) for file in files]
+    return [read_verified(home / file.name, file, remedy) for file in files]
 
 
-def _read_verified(path: Path, file: File, remedy: str) -> bytes:
+def given_folder(
+    name: str, folder: str | os.PathLike | None
+) -> tuple[Path, str] | None:
+    """A source's folder in the one given, and what to do about a bad file in it."""
+    origin = "the argument `folder`" if folder else "LRNDE_DATA"
+    given = folder or os.environ.get("LRNDE_DATA")
+    if not given:
+        return None
+    files, _, members = SOURCES[name]
+    wanted = ""
+    if members:
+        every = f"all of {members[0].name} to {members[-1].name}"
+        wanted = f" (wanted is {files[0].name} or else {every})"
+    remedy = (
+        f"The folder comes from {origin} and is never written to: put a good copy "
+        f"of the file there{wanted}, or leave {origin} unset and run "
+        f"`python -m lrnde.data {name}` to download the data into the cache."
+    )
+    return Path(given).expanduser() / name, remedy
+
+
+def read_verified(path: Path, file: File, remedy: str) -> bytes:
+    """The contents of a file on disk, if they are what they should be."""
     content = b""
     try:
         content = path.read_bytes()
@@ -52,7 +68,7 @@ def _read_verified(path: Path, file: File, remedy: str) -> bytes:
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
     if problem:
-        raise DataError(f"{path} {problem}. {_expected(file)} {remedy}")
+        raise DataError(f"{path} {problem}. {expected(file)} {remedy}")
     return content
 
 
@@ -70,7 +86,8 @@ def mismatch(content: bytes, file: File) -> str | None:
     return f"is corrupt: its SHA-256 is {digest}"
 
 
-def _expected(file: File) -> str:
+def expected(file: File) -> str:
+    """What is known about a file, as a sentence."""
     size = "a file" if file.size is None else f"{file.size:,} bytes"
     return f"Expected {size} with SHA-256 {' or '.join([file.sha256, *file.also])}."
 
@@ -98,7 +115,7 @@ def _download_from_any(file: File, urls: Sequence[str], folder: Path) -> None:
             failures.append(f"  {url}{file.name}: {error}")
     raise DataError(
         "\n".join([f"{folder / file.name} could not be downloaded:", *failures])
-        + f"\n{_expected(file)} Whatever was there before is untouched. Run "
+        + f"\n{expected(file)} Whatever was there before is untouched. Run "
         f"`python -m lrnde.data {folder.name} --force` to try again, or set LRNDE_DATA "
         f"to a folder that holds {folder.name}/{file.name}."
     )

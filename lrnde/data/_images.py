@@ -5,10 +5,10 @@ import math
 import os
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Float, Float64, Int32, UInt8
 
 from ._files import DataError, import_extra, read
 from ._sources import SOURCES
@@ -20,12 +20,14 @@ class Dataset:
 
     **Arguments:**
 
-    - `x_train`: Training images, one flattened image a row, values in [0, 1].
+    - `x_train`: Training images, one flattened image a row, values in [0, 1] unless
+        they are `standardised`.
     - `y_train`: Training labels, 0 up to the number of classes less one.
     - `x_test`: Test images, as `x_train`.
     - `y_test`: Test labels, as `y_train`.
     - `name`: What the data set is called in tables and records.
-    - `image_shape`: Shape of an image before flattening, (rows, columns).
+    - `image_shape`: Shape of an image before flattening: (rows, columns) if it is
+        grey, (rows, columns, channels) if it has colours.
 
     **Raises:**
 
@@ -127,6 +129,94 @@ def mnist(folder: str | os.PathLike | None = None) -> Dataset:
         name="mnist",
         image_shape=x_train.shape[1:],
     )
+
+
+def averaged_down(dataset: Dataset, factor: int) -> Dataset:
+    """Smaller images: each square block of pixels becomes one pixel, its mean.
+
+    **Arguments:**
+
+    - `dataset`: The data set whose images are averaged.
+    - `factor`: Rows and columns in a block.
+
+    **Returns:**
+
+    The `Dataset` of the smaller images, with their size at the end of its name, as in
+    `cifar10-16x16`.
+
+    **Raises:**
+
+    A `ValueError` unless the blocks fill the images.
+    """
+    rows, columns, *channels = dataset.image_shape
+    if factor < 1 or rows % factor or columns % factor:
+        raise ValueError(
+            f"factor must divide the {rows} rows and {columns} columns of the images "
+            f"of {dataset.name!r}, got {factor}"
+        )
+    small = rows // factor, columns // factor
+    shape = (*small, *channels)
+
+    def average(x):
+        blocks = x.reshape(-1, small[0], factor, small[1], factor, *channels)
+        places = np.ndindex(factor, factor)
+        total = sum(blocks[:, :, row, :, column] for row, column in places)
+        return (total / factor**2).reshape(-1, math.prod(shape))
+
+    return replace(
+        dataset,
+        x_train=average(dataset.x_train),
+        x_test=average(dataset.x_test),
+        name=f"{dataset.name}-{small[0]}x{small[1]}",
+        image_shape=shape,
+    )
+
+
+def standardised(dataset: Dataset) -> Dataset:
+    """The same images with mean 0 and standard deviation 1 in each channel.
+
+    Both are those of the training part, over all its images and pixels; the test part
+    plays no role and is only transformed alike. A channel that is constant in the
+    training part is only shifted.
+
+    **Arguments:**
+
+    - `dataset`: The data set to standardise; a grey one has one channel.
+
+    **Returns:**
+
+    The standardised `Dataset`, of the same name.
+    """
+    x = dataset.x_train
+    moments = _moments(x, channels=math.prod(dataset.image_shape[2:]))
+    mean, deviation = (np.resize(m, x.shape[1]).astype(x.dtype) for m in moments)
+
+    def standardise(x):
+        shifted = x - mean
+        shifted /= deviation  # in place: another copy of the images may be too many
+        return shifted
+
+    return replace(
+        dataset,
+        x_train=standardise(dataset.x_train),
+        x_test=standardise(dataset.x_test),
+    )
+
+
+def _moments(
+    x: Float[np.ndarray, "n d"], channels: int
+) -> tuple[Float64[np.ndarray, " channels"], Float64[np.ndarray, " channels"]]:
+    """Mean of each channel and its standard deviation, or 1 where it is constant."""
+    mean = x.mean(axis=0, dtype=float).reshape(-1, channels).mean(axis=0)
+    centre = np.resize(mean, x.shape[1])
+    squares = np.zeros(x.shape[1])
+    # A few images at a time, since all of them in double precision take gigabytes.
+    for start in range(0, len(x), 1000):
+        squares += np.sum((x[start : start + 1000] - centre) ** 2, axis=0)
+    variance = squares.reshape(-1, channels).mean(axis=0) / len(x)
+    least = x.min(axis=0).reshape(-1, channels).min(axis=0)
+    largest = x.max(axis=0).reshape(-1, channels).max(axis=0)
+    return mean, np.where(least < largest, np.sqrt(variance), 1)
 
 
 def _unit_interval(images: np.ndarray, largest: int) -> Float[np.ndarray, "n d"]:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from ._cifar10 import cifar10
 from ._files import cache, DataError, fetch
 from ._images import Dataset, digits, mnist
 from ._physionet import physionet2012
@@ -21,6 +22,7 @@ def _oscillators() -> TimeSeries:
 
 
 _LOADERS: dict[str, Callable[[], Dataset | TimeSeries]] = {
+    "cifar10": cifar10,
     "digits": digits,
     "mnist": mnist,
     "oscillators": _oscillators,
@@ -30,6 +32,7 @@ _LOADERS: dict[str, Callable[[], Dataset | TimeSeries]] = {
 
 # The source of each data set that is read from files.
 _SOURCE_OF = {
+    "cifar10": "cifar10",
     "mnist": "mnist",
     "physionet2012": "physionet2012",
     "physionet2012-a": "physionet2012",
@@ -41,8 +44,9 @@ def load(name: str) -> Dataset | TimeSeries:
 
     **Arguments:**
 
-    - `name`: `"digits"` or `"mnist"` for images; `"oscillators"`, `"physionet2012"`
-        (sets a and b) or `"physionet2012-a"` (set a alone) for time series.
+    - `name`: `"digits"`, `"mnist"` or `"cifar10"` for images; `"oscillators"`,
+        `"physionet2012"` (sets a and b) or `"physionet2012-a"` (set a alone) for time
+        series.
 
     **Returns:**
 
@@ -65,8 +69,9 @@ def _download_again(name: str) -> None:
             "--force downloads into the cache, but LRNDE_DATA is set, so the cache is "
             "not used: unset LRNDE_DATA first"
         )
-    source = _SOURCE_OF[name]
-    fetch(*SOURCES[source], cache(source), force=True)
+    folder = _SOURCE_OF[name]
+    source = SOURCES[folder]
+    fetch(source.files, source.urls, cache(folder), force=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,9 +22,52 @@ class File(NamedTuple):
 class Source(NamedTuple):
     files: Sequence[File]
     urls: Sequence[str]  # mirrors: each file is at url + name
+    members: Sequence[File] = ()  # of the one archive, where they are known
 
 
 SOURCES = {
+    "cifar10": Source(
+        files=(
+            File(
+                "cifar-10-binary.tar.gz",
+                170052171,
+                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+            ),
+        ),
+        urls=("https://www.cs.toronto.edu/~kriz/",),
+        members=(
+            File(
+                "data_batch_1.bin",
+                30730000,
+                "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+            ),
+            File(
+                "data_batch_2.bin",
+                30730000,
+                "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+            ),
+            File(
+                "data_batch_3.bin",
+                30730000,
+                "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+            ),
+            File(
+                "data_batch_4.bin",
+                30730000,
+                "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+            ),
+            File(
+                "data_batch_5.bin",
+                30730000,
+                "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+            ),
+            File(
+                "test_batch.bin",
+                30730000,
+                "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+            ),
+        ),
+    ),
     "mnist": Source(
         files=(
             File(
