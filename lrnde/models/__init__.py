@@ -1,5 +1,10 @@
 """Neural differential equation models. They know nothing of data sets or training."""
 
+from ._convolutional import BatchNorm as BatchNorm
+from ._convolutional import Conv as Conv
+from ._convolutional import ConvField as ConvField
+from ._convolutional import ConvODEClassifier as ConvODEClassifier
+from ._convolutional import TimeConv as TimeConv
 from ._latent import GRUEncoder as GRUEncoder
 from ._latent import LatentField as LatentField
 from ._latent import LatentODE as LatentODE

@@ -1,0 +1,252 @@
+"""Neural ODEs of images."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray, Real
+
+from .._adjoint import TapeAdjoint
+from .._regularizers import AbstractRegularizer
+from .._solve import diffeqsolve
+from ._layers import Linear
+from ._node import make_prediction, Prediction
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def _convolve(x, weight, stride=1):
+    return lax.conv_general_dilated(
+        x, weight, (stride, stride), "SAME", dimension_numbers=_LAYOUT
+    )
+
+
+class Conv(eqx.Module):
+    """A convolution of images with channels last; zeros beyond the border.
+
+    **Arguments:**
+
+    - `inputs`, `outputs`: Numbers of channels.
+    - `size`: Height and width of the kernel.
+    - `stride`: Step of the kernel.
+    - `bias`: Whether a bias is added.
+    - `deviation`: Standard deviation of the initial kernel; `None` for Glorot uniform.
+    - `key`: A `jax.random.key` for the initial kernel.
+    """
+
+    weight: Float[Array, "size size inputs outputs"]
+    bias: Float[Array, " outputs"] | None
+    stride: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int = 3,
+        *,
+        stride: int = 1,
+        bias: bool = True,
+        deviation: float | None = None,
+        key: PRNGKeyArray,
+    ):
+        self.weight = _kernel(key, (size, size, inputs, outputs), deviation)
+        self.bias = jnp.zeros(outputs) if bias else None
+        self.stride = stride
+
+    def __call__(
+        self, x: Float[Array, "batch height width inputs"]
+    ) -> Float[Array, "batch height2 width2 outputs"]:
+        y = _convolve(x, self.weight, self.stride)
+        return y if self.bias is None else y + self.bias
+
+
+def _kernel(key, shape, deviation):
+    if deviation is None:
+        initializer = jax.nn.initializers.glorot_uniform(in_axis=-2, out_axis=-1)
+    else:
+        initializer = jax.nn.initializers.normal(deviation)
+    return initializer(key, shape)
+
+
+class TimeConv(eqx.Module):
+    """A convolution of (image, time), the time being one more channel.
+
+    The time is the same everywhere, so its share is the time multiplied by an image
+    that does not depend on the state: the channel is never appended.
+    """
+
+    conv: Conv
+    time: Float[Array, "size size 1 outputs"]
+
+    def __init__(self, inputs: int, outputs: int, size: int = 3, *, key: PRNGKeyArray):
+        conv = Conv(inputs + 1, outputs, size, key=key)
+        kernel, self.time = conv.weight[:, :, :-1], conv.weight[:, :, -1:]
+        self.conv = eqx.tree_at(lambda c: c.weight, conv, kernel)
+
+    def __call__(
+        self, t: Real[Array, ""], x: Float[Array, "batch height width inputs"]
+    ) -> Float[Array, "batch height width outputs"]:
+        ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+        return self.conv(x) + t * _convolve(ones, self.time)
+
+
+class BatchNorm(eqx.Module):
+    """Normalises each channel over the batch and the image, then scales and shifts it.
+
+    Always by the statistics of the batch at hand, in the evaluation as well. A batch is
+    one state, and a vector field may be any function of it; running statistics would
+    have to be those of a whole trajectory, which changes with every training step. So
+    there is no state that an evaluation could change. The price: what is made of an
+    image depends on the others in its batch, though not on their order.
+    """
+
+    scale: Float[Array, " channels"]
+    shift: Float[Array, " channels"]
+
+    def __init__(self, channels: int):
+        self.scale, self.shift = jnp.ones(channels), jnp.zeros(channels)
+
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height width channels"]:
+        mean = x.mean(axis=(0, 1, 2))
+        variance = jnp.mean((x - mean) ** 2, axis=(0, 1, 2))
+        gain = self.scale * lax.rsqrt(variance + 1e-5)
+        return x * gain + (self.shift - mean * gain)
+
+
+class ConvField(eqx.Module):
+    """A vector field of three convolutions; the time is an input of each.
+
+    The first two are followed by a `BatchNorm` and a gelu.
+    """
+
+    first: TimeConv
+    first_norm: BatchNorm
+    second: TimeConv
+    second_norm: BatchNorm
+    third: TimeConv
+
+    def __init__(self, channels: int, hidden: int, *, key: PRNGKeyArray):
+        keys = jr.split(key, 3)
+        self.first = TimeConv(channels, hidden, key=keys[0])
+        self.first_norm = BatchNorm(hidden)
+        self.second = TimeConv(hidden, hidden, key=keys[1])
+        self.second_norm = BatchNorm(hidden)
+        self.third = TimeConv(hidden, channels, key=keys[2])
+
+    def __call__(
+        self,
+        t: Real[Array, ""],
+        y: Float[Array, "batch height width channels"],
+        args: None = None,
+    ) -> Float[Array, "batch height width channels"]:
+        y = jax.nn.gelu(self.first_norm(self.first(t, y)))
+        y = jax.nn.gelu(self.second_norm(self.second(t, y)))
+        return self.third(t, y)
+
+
+class ConvODEClassifier(eqx.Module):
+    """Embed an image, let it follow a convolutional ODE, then read the classes off.
+
+    The embedding appends channels that a convolution makes of the image to the image
+    itself and normalises them. The readout is a convolution to one channel, a gelu and
+    an affine map. A batch is one state of one solve from time 0 to 1.
+
+    **Arguments:**
+
+    - `image_shape`: Rows, columns and channels of an image.
+    - `channels`: Channels of the state.
+    - `hidden`: Channels inside the vector field.
+    - `classes`: Number of classes.
+    - `solver`: A diffrax solver with an embedded error estimate.
+    - `tolerance`: Relative and absolute tolerance of the solve.
+    - `adjoint`: How the gradient goes through the solve.
+    - `key`: A `jax.random.key` for the initial parameters.
+    """
+
+    embedding: Conv
+    norm: BatchNorm
+    vector_field: ConvField
+    merge: Conv
+    readout: Linear
+    solver: diffrax.AbstractSolver
+    adjoint: diffrax.AbstractAdjoint
+    image_shape: tuple[int, int, int] = eqx.field(static=True)
+    tolerance: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        channels: int = 8,
+        hidden: int = 64,
+        classes: int = 10,
+        *,
+        solver: diffrax.AbstractSolver,
+        tolerance: float,
+        adjoint: diffrax.AbstractAdjoint = TapeAdjoint(),  # noqa: B008
+        key: PRNGKeyArray,
+    ):
+        height, width, colors = image_shape
+        keys = jr.split(key, 4)
+        self.embedding = Conv(colors, channels - colors, key=keys[0])
+        self.norm = BatchNorm(channels)
+        self.vector_field = ConvField(channels, hidden, key=keys[1])
+        self.merge = Conv(channels, 1, key=keys[2])
+        self.readout = Linear(height * width, classes, key=keys[3])
+        self.solver = solver
+        self.adjoint = adjoint
+        self.image_shape = image_shape
+        self.tolerance = tolerance
+
+    def embed(
+        self, x: Float[Array, "batch pixels"]
+    ) -> Float[Array, "batch height width channels"]:
+        """The initial states of a batch of flattened images."""
+        x = x.reshape(len(x), *self.image_shape)
+        return self.norm(jnp.concatenate([x, self.embedding(x)], axis=-1))
+
+    def solve(
+        self,
+        y0: Float[Array, "batch height width channels"],
+        *,
+        regularizer: AbstractRegularizer | None = None,
+        key: PRNGKeyArray | None = None,
+        max_steps: int = 4096,
+        saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),  # noqa: B008
+    ) -> tuple[diffrax.Solution, Real[Array, ""]]:
+        """Solves the model's differential equation; see `lrnde.diffeqsolve`."""
+        return diffeqsolve(
+            diffrax.ODETerm(self.vector_field),
+            self.solver,
+            0.0,
+            1.0,
+            None,
+            y0,
+            regularizer=regularizer,
+            key=key,
+            saveat=saveat,
+            stepsize_controller=diffrax.PIDController(
+                rtol=self.tolerance, atol=self.tolerance
+            ),
+            adjoint=self.adjoint,
+            max_steps=max_steps,
+            throw=False,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "batch pixels"],
+        *,
+        regularizer: AbstractRegularizer | None = None,
+        key: PRNGKeyArray | None = None,
+        max_steps: int = 4096,
+    ) -> Prediction:
+        """Classifies a batch of flattened images; see `NeuralODEClassifier`."""
+        sol, penalty = self.solve(
+            self.embed(x), regularizer=regularizer, key=key, max_steps=max_steps
+        )
+        merged = jax.nn.gelu(self.merge(sol.ys[0])).reshape(len(x), -1)
+        return make_prediction(self.readout(merged), sol, penalty)

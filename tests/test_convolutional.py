@@ -1,0 +1,139 @@
+"""Convolutional neural ODEs."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+import scipy.signal
+
+import lrnde
+from lrnde.models import BatchNorm, Conv, ConvODEClassifier, TimeConv
+from lrnde.objectives import cross_entropy
+
+SHAPE = (6, 5, 3)
+
+
+def make_model(tolerance=1e-4):
+    return ConvODEClassifier(
+        SHAPE, 5, 4, 3, solver=lrnde.Tsit5(), tolerance=tolerance, key=jr.key(0)
+    )
+
+
+def images(batch=7):
+    return jr.normal(jr.key(1), (batch, int(np.prod(SHAPE))))
+
+
+def in_double(tree):
+    return jax.tree.map(
+        lambda a: a.astype(float) if eqx.is_inexact_array(a) else a, tree
+    )
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_is_its_sum(stride):
+    conv = Conv(3, 2, stride=stride, key=jr.key(2))
+    conv = eqx.tree_at(lambda c: c.bias, conv, jnp.array([0.5, -1.0]))
+    x = jr.normal(jr.key(3), (4, 7, 5, 3))
+    found = conv(x)
+    for image, result in zip(np.asarray(x), found, strict=True):
+        for k in range(2):
+            expected = sum(
+                scipy.signal.correlate2d(
+                    image[:, :, c], np.asarray(conv.weight[:, :, c, k]), "same"
+                )
+                for c in range(3)
+            )
+            expected = expected[::stride, ::stride] + conv.bias[k]
+            np.testing.assert_allclose(result[:, :, k], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.7])
+def test_the_time_is_one_more_channel(t):
+    layer = TimeConv(3, 4, key=jr.key(4))
+    x = jr.normal(jr.key(5), (2, *SHAPE))
+    whole = Conv(4, 4, key=jr.key(0))
+    kernel = jnp.concatenate([layer.conv.weight, layer.time], axis=2)
+    whole = eqx.tree_at(lambda c: c.weight, whole, kernel)
+    appended = jnp.concatenate([x, jnp.full((*x.shape[:3], 1), t)], axis=3)
+    np.testing.assert_allclose(layer(jnp.asarray(t), x), whole(appended), atol=1e-5)
+
+
+def test_channels_are_normalised_over_the_batch_and_the_image():
+    norm = BatchNorm(3)
+    norm = eqx.tree_at(
+        lambda n: (n.scale, n.shift),
+        norm,
+        (jnp.array([1.0, 2.0, 3.0]), jnp.array([0.0, 1.0, 2.0])),
+    )
+    y = norm(5 + 4 * jr.normal(jr.key(6), (8, *SHAPE)))
+    np.testing.assert_allclose(y.mean(axis=(0, 1, 2)), [0, 1, 2], atol=1e-5)
+    np.testing.assert_allclose(y.std(axis=(0, 1, 2)), [1, 2, 3], rtol=1e-4)
+    assert jnp.all(jnp.isfinite(norm(jnp.ones((2, *SHAPE)))))  # without any variance
+
+
+def test_the_published_size():
+    model = ConvODEClassifier(
+        (32, 32, 3), solver=lrnde.Tsit5(), tolerance=1e-4, key=jr.key(0)
+    )
+    sizes = [x.size for x in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))]
+    conv = lambda inputs, outputs: 9 * inputs * outputs + outputs  # noqa: E731
+    embedding = conv(3, 5) + 2 * 8
+    field = conv(9, 64) + 2 * 64 + conv(65, 64) + 2 * 64 + conv(65, 8)
+    head = conv(8, 1) + 1024 * 10 + 10
+    assert sum(sizes) == embedding + field + head
+    assert model.embed(jnp.zeros((2, 3072))).shape == (2, 32, 32, 8)
+
+
+def test_the_order_of_a_batch_does_not_matter(float64):
+    model, x = in_double((make_model(), images()))
+    order = np.random.default_rng(0).permutation(len(x))
+    out, permuted = model(x), model(x[order])
+    np.testing.assert_allclose(permuted.logits, out.logits[order], rtol=1e-8)
+    assert permuted.nfe == out.nfe
+
+
+def test_an_evaluation_leaves_nothing_behind():
+    model, x = make_model(), images()
+    before = model(x)
+    model(100 * images(3))
+    assert eqx.tree_equal(model(x), before)
+
+
+def test_gradient_against_finite_differences(float64):
+    model, x = in_double((make_model(1e-9), images()))
+    labels = jnp.arange(len(x)) % 3
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jr.split(jr.key(7), len(leaves))
+    direction = tree.unflatten(
+        [jr.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
+    )
+
+    @jax.jit
+    def loss(scale):
+        moved = jax.tree.map(lambda a, d: a + scale * d, params, direction)
+        out = eqx.combine(moved, static)(x, max_steps=128)
+        return cross_entropy(out.logits, labels)
+
+    h = 1e-5
+    expected = (loss(h) - loss(-h)) / (2 * h)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(0.0), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sampling", ["unbiased", "biased"])
+def test_the_penalty_reaches_the_field_alone(sampling):
+    model, x = make_model(), images()
+
+    def penalty(model):
+        regularizer = lrnde.LocalError(sampling)
+        out = model(x, regularizer=regularizer, key=jr.key(8), max_steps=64)
+        return out.penalty
+
+    gradient = eqx.filter_grad(penalty)(model)
+    for leaf in jax.tree.leaves((gradient.embedding, gradient.norm, gradient.readout)):
+        assert jnp.all(leaf == 0)
+    field = jax.tree.leaves(gradient.vector_field)
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in field)
+    assert any(jnp.any(leaf != 0) for leaf in field)
