@@ -70,7 +70,7 @@ def squared_error(
 
     `mean_per_series` of $(\\hat x - x)^2$. The mask says what is asked for, and nothing
     else is mixed in: entries that the encoder has seen (reconstruction), that were
-    hidden from it between others (interpolation), or that come after all that it has
+    hidden from it among others (interpolation), or that come after all that it has
     seen (extrapolation).
     """
     return mean_per_series((prediction - jnp.where(mask, x, 0)) ** 2, mask)
@@ -107,7 +107,7 @@ def kl_divergence(
 def kl_annealing(step: int, wait: int, rate: float) -> float:
     """The weight of the divergence at a training step.
 
-    $\\max(0, 1 - r^{k - w})$ at step $k$: zero for the first $w$ steps, so that the
-    model learns to reconstruct first, then towards one.
+    $1 - r^{\\max(0, k - w)}$ at step $k$: zero up to step $w$, so that the model learns
+    to reconstruct first, then towards one.
     """
-    return max(0.0, 1 - rate ** (step - wait))
+    return 1.0 - rate ** max(0, step - wait)

@@ -49,10 +49,12 @@ _CURVES = {
     "penalty": ("Penalty", 1, "log"),
 }
 
-# metric: label, factor to the unit of the label.
+# metric: name, factor to its unit, unit, and whether a change is told in per cent of
+# the metric. The first one that records have in common is their figure of merit.
 _MERITS = {
-    "test_accuracy": ("Test accuracy (%)", 100),
-    "test_mse": ("Test mean squared error (×10⁻³)", 1000),
+    "test_accuracy": ("test accuracy", 100, "%", False),
+    "test_mse": ("test error", 1000, "×10⁻³", True),
+    "test_loss": ("test loss", 1, "", True),
 }
 
 _STYLE = {
@@ -320,12 +322,10 @@ def settings_table(columns: Mapping[str, Mapping]) -> "pandas.DataFrame":
     return pd.DataFrame(cells, index=pd.Index(names, name="setting"))
 
 
-# metric: its name, factor to its unit, unit, and whether its changes are relative.
-_FINDINGS = {
-    "test_accuracy": ("test accuracy", 100, " %", False),
-    "test_mse": ("test error", 1000, " ×10⁻³", True),
-    "test_loss": ("test loss", 1, "", True),
-}
+def _merit(records: Sequence[dict]) -> str:
+    """The figure of merit of records; all have at least a loss."""
+    shared = (n for n in _MERITS if all(n in record["metrics"] for record in records))
+    return next(shared)
 
 
 def findings(records: Sequence[dict]) -> str:
@@ -344,10 +344,10 @@ def findings(records: Sequence[dict]) -> str:
     base = rows.pop("vanilla", None)
     if base is None:
         return "*Nothing to compare: there are no records of vanilla.*"
-    merit = next(name for name in _FINDINGS if name in base)
-    name, factor, unit, relative = _FINDINGS[merit]
+    merit = _merit(records)
+    name, factor, unit, relative = _MERITS[merit]
     nfe, quality = _cell(base, "test_nfe", 1, 1), _cell(base, merit, factor, 3)
-    lines = [f"- *vanilla*: NFE {nfe}, {name} {quality}{unit}."]
+    lines = [f"- *vanilla*: NFE {nfe}, {name} {quality} {unit}".rstrip() + "."]
     for method, row in rows.items():
         gap = factor * (row[merit] - base[merit])
         change = f"{gap:+.2f} points"
@@ -504,13 +504,6 @@ def _legend(figure: "matplotlib.figure.Figure", panels: Sequence) -> None:
         figure.legend(handles, names, loc="outside upper center", ncols=len(names))
 
 
-def _common_merit(records: Sequence[dict]) -> str:
-    for name in _MERITS:
-        if all(name in record["metrics"] for record in records):
-            return name
-    raise ValueError(f"these records have none of {', '.join(_MERITS)} in common")
-
-
 def pareto(records: Sequence[dict]) -> "matplotlib.figure.Figure":
     """Draws what each model costs against what it achieves.
 
@@ -521,16 +514,17 @@ def pareto(records: Sequence[dict]) -> "matplotlib.figure.Figure":
     **Returns:**
 
     The figure: test NFE against test accuracy or, where nothing is classified, the test
-    mean squared error; a marker a seed. Left is better, and so is up (accuracy) or down
-    (error).
+    error or loss; a marker a seed. Left is better, and so is up (accuracy) or down
+    (error, loss).
 
     **Raises:**
 
-    `ValueError` if a method has no colour, or records have neither of the two metrics.
+    `ValueError` if a method has no colour.
     """
     groups = _by_method(records)
-    merit = _common_merit(records)
-    label, factor = _MERITS[merit]
+    merit = _merit(records)
+    name, factor, unit, _ = _MERITS[merit]
+    label = f"{name.capitalize()} ({unit})" if unit else name.capitalize()
     with _new_figure(1, (4.6, 3.2)) as (figure, (axes,)):
         axes.set(xlabel="Test NFE", ylabel=label)
         for method, group in groups.items():

@@ -95,17 +95,17 @@ def spiral(times: int, trajectories: int) -> Moments:
 
 
 # Of each channel of the oscillators: how often it is observed at a time that is.
-_RATES = {"position": 0.9, "velocity": 0.6, "sum": 0.6, "energy": 0.2}
+_RATES = {"cosine": 0.9, "sine": 0.6, "sum": 0.6, "energy": 0.2}
 
 
 def oscillators(series: int = 1000) -> TimeSeries:
     """Damped oscillators, each observed at times of its own; always the same.
 
     With $r = a e^{-\\gamma t}$, $\\alpha = \\omega t + \\varphi$ the channels are the
-    position $q = r \\cos\\alpha$, the velocity $p = -r \\sin\\alpha$, their sum and the
-    energy $q^2 + p^2$. Amplitude $a$, rate of damping $\\gamma$, frequency $\\omega$
-    and phase $\\varphi$ are drawn anew for each series. Half of the 49 times are
-    observed, and at these each channel with a probability of its own, with Gaussian
+    cosine part $q = r \\cos\\alpha$, the sine part $p = -r \\sin\\alpha$, their sum and
+    the energy $q^2 + p^2$. Amplitude $a$, rate of damping $\\gamma$, frequency
+    $\\omega$ and phase $\\varphi$ are drawn anew for each series. Half of the 49 times
+    are observed, and at these each channel with a probability of its own, with Gaussian
     noise of standard deviation 0.03.
 
     **Arguments:**
@@ -116,19 +116,21 @@ def oscillators(series: int = 1000) -> TimeSeries:
 
     A `lrnde.data.TimeSeries` with its truth.
     """
-    keys = jr.split(jr.key(0), 4)
-    times = jnp.linspace(0, 1, 49)
-    low = jnp.array([0.5, 0.2, 2.0, 0.0])
-    high = jnp.array([1.0, 1.0, 5.0, 2 * jnp.pi])
-    parameters = jr.uniform(keys[0], (series, 4), minval=low, maxval=high)
+    # In single precision throughout, so that the draws are the same in double.
+    keys, float32 = jr.split(jr.key(0), 4), jnp.float32
+    times = jnp.linspace(0, 1, 49, dtype=float32)
+    low = jnp.array([0.5, 0.2, 2.0, 0.0], float32)
+    high = jnp.array([1.0, 1.0, 5.0, 2 * jnp.pi], float32)
+    parameters = jr.uniform(keys[0], (series, 4), float32, low, high)
     amplitude, damping, frequency, phase = jnp.split(parameters, 4, axis=1)
     size = amplitude * jnp.exp(-damping * times)
     q = size * jnp.cos(frequency * times + phase)
     p = -size * jnp.sin(frequency * times + phase)
     truth = jnp.stack([q, p, q + p, q**2 + p**2], axis=-1)
-    values = truth + 0.03 * jr.normal(keys[1], truth.shape)
-    mask = jr.bernoulli(keys[2], 0.5, (series, len(times), 1))
-    mask &= jr.bernoulli(keys[3], jnp.array(list(_RATES.values())), truth.shape)
+    values = truth + 0.03 * jr.normal(keys[1], truth.shape, float32)
+    mask = jr.bernoulli(keys[2], float32(0.5), (series, len(times), 1))
+    rates = jnp.array(list(_RATES.values()), float32)
+    mask &= jr.bernoulli(keys[3], rates, truth.shape)
     return normalised_split(
         "oscillators",
         *map(np.asarray, (times, values, mask)),

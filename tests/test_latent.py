@@ -265,7 +265,7 @@ def test_divergence_is_its_integral(mean, log_variance):
     np.testing.assert_allclose(found, [expected / 2], rtol=1e-3, atol=1e-5)
 
 
-@given(wait=st.integers(0, 200), rate=st.floats(0.5, 0.999))
+@given(wait=st.integers(0, 5000), rate=st.floats(0.5, 0.999))
 def test_annealing_rises_from_zero_to_one(wait, rate):
     weights = [objectives.kl_annealing(step, wait, rate) for step in range(wait + 50)]
     assert not any(weights[: wait + 1])
@@ -290,6 +290,15 @@ def test_no_entry_is_both_seen_and_asked_for(mask):
     late = np.nonzero(found["extrapolation"].asked)[1]
     early = np.nonzero(found["extrapolation"].seen)[1]
     assert np.all(TS[late] > 0.5) and np.all(TS[early] <= 0.5)
+
+
+def test_one_observation_in_five_is_hidden(float64):
+    found, again = (
+        tasks(np.asarray(TS), np.ones((200, TIMES, CHANNELS), bool)) for _ in range(2)
+    )
+    hidden = found["interpolation"].asked
+    np.testing.assert_array_equal(hidden, again["interpolation"].asked)
+    assert abs(hidden.mean() - 0.2) < 0.02
 
 
 def test_scores_are_means_over_series_that_were_asked_about():
@@ -339,6 +348,57 @@ def test_steps_along_the_time_add_up_to_those_of_the_solve():
     np.testing.assert_allclose(halves.sum(), whole.sum(), rtol=1e-6)
     np.testing.assert_allclose(parts.reshape(2, 4).sum(axis=1), halves, rtol=1e-6)
     assert np.all(parts > 0) and parts[0] == max(parts)  # the first step is short
+
+
+def small_experiment():
+    return PhysioNet(
+        latent=4, hidden=5, depth=1, encoder_size=4, encoder_hidden=4, tolerance=1e-3
+    )
+
+
+def test_metrics_are_those_of_their_tasks():
+    config = small_experiment()
+    dataset = config.load_data()
+    model = config.make_model(dataset)
+    metrics = config.metrics(model, dataset)
+    found = tasks(dataset.times, dataset.mask_test)
+    for name, task in found.items():
+        scores = evaluate_series(
+            model, dataset.times, dataset.x_test, task, 512, config.deviation
+        )
+        key = "test_mse" if name == "reconstruction" else f"test_{name}_mse"
+        assert metrics[key] == pytest.approx(scores.mse)
+    assert len({metrics[f"test_{n}mse"] for n in ("", "interpolation_")}) == 2
+    steps = [value for name, value in metrics.items() if "_steps_" in name]
+    assert len(steps) == 16 and sum(steps) == pytest.approx(round(sum(steps)))
+
+
+def test_a_batch_has_its_rows_and_the_weight_of_its_step():
+    config = small_experiment()
+    dataset = config.load_data()
+    batches = config.batches(dataset)
+    for step in (0, 150):
+        times, x, mask, weight = batches(step)
+        rows = config.order(dataset)[step]
+        np.testing.assert_array_equal(x, dataset.x_train[rows])
+        np.testing.assert_array_equal(mask, dataset.mask_train[rows])
+        np.testing.assert_allclose(times, dataset.times, rtol=1e-6)
+        assert weight == pytest.approx(objectives.kl_annealing(step, 100, 0.99))
+    predict, size = config.prediction(dataset)
+    model = config.make_model(dataset)
+    expected = model(
+        *map(jnp.asarray, (dataset.times, dataset.x_test, dataset.mask_test))
+    )
+    assert size == len(dataset.x_test)
+    np.testing.assert_allclose(predict(model), expected.x, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"deviation": 0.0}, {"kl_rate": 1.5}, {"kl_wait": -1}]
+)
+def test_settings_without_sense_are_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        PhysioNet(**setting)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ def tasks(
     - `extrapolation`: What was observed up to the middle of the time is seen; what was
         observed later is asked for.
     """
-    hidden = np.asarray(jr.bernoulli(jr.key(0), _HIDDEN, mask.shape))
+    # In single precision, so that the same entries are hidden in double.
+    hidden = np.asarray(jr.bernoulli(jr.key(0), jnp.float32(_HIDDEN), mask.shape))
     late = (times > (times[0] + times[-1]) / 2)[:, None]
     return {
         "reconstruction": Task(mask, mask),
@@ -64,10 +65,10 @@ def _predict(times, x, mask, model):
 
 
 class SeriesScores(NamedTuple):
-    """Means over series, of the error over those of which an entry was asked for.
+    """Means over the series of which an entry was asked for.
 
-    - `loss`: The negative evidence lower bound, its divergence with weight one, but
-        with the mean of the initial state in place of a sample.
+    - `loss`: The objective of the training, with the divergence at weight one, and with
+        the mean of the initial state in place of a draw.
     - `mse`: The masked mean squared error, `lrnde.objectives.squared_error`.
     - `nfe`: Mean over batches.
     """
@@ -179,6 +180,16 @@ class PhysioNet(DatasetConfig):
     deviation: float = 0.01
     kl_wait: int = 100
     kl_rate: float = 0.99
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.deviation <= 0:
+            raise ValueError(f"deviation={self.deviation} must be positive.")
+        if self.kl_wait < 0 or not 0 <= self.kl_rate < 1:
+            raise ValueError(
+                f"kl_wait={self.kl_wait} must not be negative, and "
+                f"kl_rate={self.kl_rate} must be in [0, 1)."
+            )
 
     @classmethod
     def counts(cls):

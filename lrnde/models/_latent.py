@@ -51,24 +51,25 @@ class Reconstruction(NamedTuple):
 class GRUEncoder(eqx.Module):
     """Reads observations backwards in time, with a gated recurrent unit.
 
-    A series has two vectors $m$ and $s$ of `size` numbers each, zero at first. Let $v$
+    A series has two vectors $p$ and $q$ of `size` numbers each, zero at first. Let $v$
     be the values, the mask and the time since the observation that was read before. At
     a time with an observation
 
-    - $g, r = \\sigma(\\tanh([m, s, v] W_1 + a_1) W_2 + a_2)$ are the two gates,
-    - $\\tilde m, \\tilde s = \\tanh([r m, r s, v] W_3 + a_3) W_4 + a_4$ the proposal,
-    - $m \\leftarrow (1 - g) \\tilde m + g m$, and likewise $s$
+    - $g = \\mathrm{sigmoid}(\\tanh([p, q, v] A_g + a_g) B_g + b_g)$ and $r$, of the
+        same form with weights of its own, are the two gates,
+    - $\\tilde p, \\tilde q = \\tanh([r p, r q, v] A + a) B + b$ is the proposal,
+    - $p \\leftarrow (1 - g) \\tilde p + g p$, and likewise $q$.
 
-    (each gate with a hidden layer of its own). At other times $m$ and $s$ stay as they
-    are. This is the unit of Rubanova et al. (2019) without the differential equation
-    between observations, as in Pal et al. (2021).
+    At other times $p$ and $q$ stay as they are. This is the unit of Rubanova et al.
+    (2019) without the differential equation between observations, as in Pal et al.
+    (2021).
 
     What missing entries hold has no effect.
 
     **Arguments:**
 
     - `channels`: Number of channels.
-    - `size`: Length of $m$ and of $s$.
+    - `size`: Length of $p$ and of $q$.
     - `hidden`: Width of the hidden layers.
     - `key`: A `jax.random.key` for the initial parameters.
     """
@@ -82,7 +83,7 @@ class GRUEncoder(eqx.Module):
 
     def __init__(self, channels: int, size: int, hidden: int, *, key: PRNGKeyArray):
         keys = jr.split(key, 6)
-        # The parts of W1 and W3 that belong to v are applied to all times at once.
+        # The parts of the weights that belong to v are applied to all times at once.
         self.inputs = Linear(2 * channels + 1, 3 * hidden, key=keys[0])
         self.gates = glorot_uniform(keys[1], 2 * size, 2 * hidden)
         self.update = Linear(hidden, size, key=keys[2])
@@ -96,7 +97,7 @@ class GRUEncoder(eqx.Module):
         x: Float[Array, "batch times channels"],
         mask: Bool[Array, "batch times channels"],
     ) -> Float[Array, "batch state"]:
-        """Encodes a batch; returns $[m, s]$ once the first time has been read."""
+        """Encodes a batch; returns $[p, q]$ once the first time has been read."""
         values = jnp.where(mask, x, 0)
         observed = mask.any(axis=-1)
         gaps = time_gaps(times, observed)[..., None]
@@ -118,7 +119,7 @@ class GRUEncoder(eqx.Module):
         inner = jnp.tanh(state @ self.gates + for_gates)
         update = jax.nn.sigmoid(self.update(inner[:, :hidden]))
         reset = jax.nn.sigmoid(self.reset(inner[:, hidden:]))
-        # Both halves of the state, m and s, go through the same gate.
+        # Both halves of the state, p and q, go through the same gate.
         twice = lambda gate: jnp.concatenate([gate, gate], axis=-1)  # noqa: E731
         inner = jnp.tanh((twice(reset) * state) @ self.candidate + for_candidate)
         return state + twice(1 - update) * (self.proposal(inner) - state)
