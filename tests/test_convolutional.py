@@ -155,7 +155,7 @@ def test_the_penalty_reaches_the_field_alone(sampling):
     gradient = eqx.filter_grad(penalty)(model)
     for leaf in jax.tree.leaves((gradient.embedding, gradient.norm, gradient.readout)):
         assert jnp.all(leaf == 0)
-    field = jax.tree.leaves(gradient.vector_field)
+    field = jax.tree.leaves(gradient.ode)
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in field)
     assert any(jnp.any(leaf != 0) for leaf in field)
 
@@ -192,7 +192,7 @@ def test_gradient_of_the_field_at_two_resolutions(float64):
     def function(model):
         state = Scales(model.embed(x), coarse)
         injection = Injection(model.embed(x), in_double(_dropout(jr.key(3), state)))
-        out = model.vector_field(jnp.zeros(()), state, injection)
+        out = model.ode.vector_field(jnp.zeros(()), state, injection)
         return jnp.sum(jnp.sin(out.fine)) + jnp.sum(jnp.cos(out.coarse))
 
     assert_derivative(function, make_multiscale())

@@ -171,8 +171,8 @@ def test_the_measured_step_is_the_solvers_own_whatever_is_saved(sampling):
     @eqx.filter_jit
     def solve(key, saveat):
         regularizer = lrnde.LocalError(sampling)
-        sol, penalty = model.solve(
-            TS, y0, regularizer=regularizer, key=key, saveat=saveat
+        sol, penalty = model.ode.solve(
+            y0, regularizer=regularizer, key=key, saveat=saveat
         )
         return penalty, sol.stats["nfe"]
 
@@ -191,7 +191,7 @@ def test_a_reconstruction_is_the_readout_of_the_solve():
             y = out.posterior.mean
         else:
             sol = diffrax.diffeqsolve(
-                diffrax.ODETerm(model.vector_field),
+                diffrax.ODETerm(model.ode.vector_field),
                 diffrax.Dopri8(),
                 0.0,
                 t,

@@ -258,7 +258,7 @@ def test_the_evaluation_does_not_depend_on_the_padding():
 def test_the_model_is_its_equations(float64):
     """Against the same mathematics with the time appended to every layer's input."""
     model = make_model(1e-8)
-    first, second = model.vector_field.first, model.vector_field.second
+    first, second = model.ode.vector_field.first, model.ode.vector_field.second
 
     def dense(layer, t, x):
         weight = jnp.concatenate([layer.weight, layer.time[None]])

@@ -145,8 +145,9 @@ def steps_along(
     """
     y0 = model.encode(*map(jnp.asarray, (times, x, mask))).mean
     saveat = diffrax.SaveAt(t0=True, steps=True, fn=lambda t, y, args: t)
-    solve = eqx.filter_jit(model.solve)
-    sol, _ = solve(jnp.asarray(times), y0, saveat=saveat, max_steps=MAX_STEPS)
+    solve = eqx.filter_jit(model.ode.solve)
+    span = {"t0": float(times[0]), "t1": float(times[-1])}
+    sol, _ = solve(y0, **span, saveat=saveat, max_steps=MAX_STEPS)
     check_solved(bool(diffrax.is_successful(sol.result)))
     ends = np.asarray(sol.ts)[: int(sol.stats["num_accepted_steps"]) + 1]
     edges = np.linspace(times[0], times[-1], windows + 1)

@@ -17,6 +17,7 @@ from ._layers import TimeMLP as TimeMLP
 from ._multiscale import MultiScaleField as MultiScaleField
 from ._multiscale import MultiScaleODEClassifier as MultiScaleODEClassifier
 from ._multiscale import Scales as Scales
+from ._node import NeuralODE as NeuralODE
 from ._node import NeuralODEClassifier as NeuralODEClassifier
 from ._node import Prediction as Prediction
 from ._nsde import NeuralSDE as NeuralSDE

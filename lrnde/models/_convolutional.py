@@ -10,9 +10,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from .._adjoint import TapeAdjoint
 from .._regularizers import AbstractRegularizer
-from .._solve import diffeqsolve
 from ._layers import Linear
-from ._node import make_prediction, Prediction
+from ._node import make_prediction, NeuralODE, Prediction
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -161,21 +160,16 @@ class ConvODEClassifier(eqx.Module):
     - `channels`: Channels of the state.
     - `hidden`: Channels inside the vector field.
     - `classes`: Number of classes.
-    - `solver`: A diffrax solver with an embedded error estimate.
-    - `tolerance`: Relative and absolute tolerance of the solve.
-    - `adjoint`: How the gradient goes through the solve.
+    - `solver`, `tolerance`, `adjoint`: As for `NeuralODE`.
     - `key`: A `jax.random.key` for the initial parameters.
     """
 
     embedding: Conv
     norm: BatchNorm
-    vector_field: ConvField
+    ode: NeuralODE
     merge: Conv
     readout: Linear
-    solver: diffrax.AbstractSolver
-    adjoint: diffrax.AbstractAdjoint
     image_shape: tuple[int, int, int] = eqx.field(static=True)
-    tolerance: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -193,13 +187,11 @@ class ConvODEClassifier(eqx.Module):
         keys = jr.split(key, 4)
         self.embedding = Conv(colors, channels - colors, key=keys[0])
         self.norm = BatchNorm(channels)
-        self.vector_field = ConvField(channels, hidden, key=keys[1])
+        vector_field = ConvField(channels, hidden, key=keys[1])
+        self.ode = NeuralODE(vector_field, solver, tolerance, adjoint)
         self.merge = Conv(channels, 1, key=keys[2])
         self.readout = Linear(height * width, classes, key=keys[3])
-        self.solver = solver
-        self.adjoint = adjoint
         self.image_shape = image_shape
-        self.tolerance = tolerance
 
     def embed(
         self, x: Float[Array, "batch pixels"]
@@ -207,34 +199,6 @@ class ConvODEClassifier(eqx.Module):
         """The initial states of a batch of flattened images."""
         x = x.reshape(len(x), *self.image_shape)
         return self.norm(jnp.concatenate([x, self.embedding(x)], axis=-1))
-
-    def solve(
-        self,
-        y0: Float[Array, "batch height width channels"],
-        *,
-        regularizer: AbstractRegularizer | None = None,
-        key: PRNGKeyArray | None = None,
-        max_steps: int = 4096,
-        saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),  # noqa: B008
-    ) -> tuple[diffrax.Solution, Real[Array, ""]]:
-        """Solves the model's differential equation; see `lrnde.diffeqsolve`."""
-        return diffeqsolve(
-            diffrax.ODETerm(self.vector_field),
-            self.solver,
-            0.0,
-            1.0,
-            None,
-            y0,
-            regularizer=regularizer,
-            key=key,
-            saveat=saveat,
-            stepsize_controller=diffrax.PIDController(
-                rtol=self.tolerance, atol=self.tolerance
-            ),
-            adjoint=self.adjoint,
-            max_steps=max_steps,
-            throw=False,
-        )
 
     def __call__(
         self,
@@ -245,7 +209,7 @@ class ConvODEClassifier(eqx.Module):
         max_steps: int = 4096,
     ) -> Prediction:
         """Classifies a batch of flattened images; see `NeuralODEClassifier`."""
-        sol, penalty = self.solve(
+        sol, penalty = self.ode.solve(
             self.embed(x), regularizer=regularizer, key=key, max_steps=max_steps
         )
         merged = jax.nn.gelu(self.merge(sol.ys[0])).reshape(len(x), -1)

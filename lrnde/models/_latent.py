@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
 
 from .._adjoint import TapeAdjoint
 from .._regularizers import AbstractRegularizer
-from .._solve import diffeqsolve
 from ._layers import glorot_uniform, Linear, MLP
+from ._node import NeuralODE
 
 
 class Posterior(NamedTuple):
@@ -176,20 +176,15 @@ class LatentODE(eqx.Module):
     - `hidden`: Width of the vector field's hidden layers.
     - `depth`: Number of the vector field's blocks.
     - `encoder_size`, `encoder_hidden`: `size` and `hidden` of the `GRUEncoder`.
-    - `solver`: A diffrax solver with an embedded error estimate.
-    - `tolerance`: Relative and absolute tolerance of the solve.
-    - `adjoint`: How the gradient goes through the solve.
+    - `solver`, `tolerance`, `adjoint`: As for `NeuralODE`.
     - `key`: A `jax.random.key` for the initial parameters.
     """
 
     encoder: GRUEncoder
     first: Linear
     second: Linear
-    vector_field: LatentField
+    ode: NeuralODE
     readout: Linear
-    solver: diffrax.AbstractSolver
-    adjoint: diffrax.AbstractAdjoint
-    tolerance: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -209,11 +204,9 @@ class LatentODE(eqx.Module):
         self.encoder = GRUEncoder(channels, encoder_size, encoder_hidden, key=keys[0])
         self.first = Linear(2 * encoder_size, encoder_size, key=keys[1])
         self.second = Linear(encoder_size, 2 * latent, key=keys[2])
-        self.vector_field = LatentField(latent, hidden, depth, key=keys[3])
+        vector_field = LatentField(latent, hidden, depth, key=keys[3])
+        self.ode = NeuralODE(vector_field, solver, tolerance, adjoint)
         self.readout = Linear(latent, channels, key=keys[4])
-        self.solver = solver
-        self.adjoint = adjoint
-        self.tolerance = tolerance
 
     def encode(
         self,
@@ -232,35 +225,6 @@ class LatentODE(eqx.Module):
         out = self.second(jnp.tanh(self.first(self.encoder(times, x, mask))))
         seen = mask.any(axis=(1, 2))[:, None]
         return Posterior(*jnp.split(jnp.where(seen, out, 0), 2, axis=-1))
-
-    def solve(
-        self,
-        times: Float[Array, " times"],
-        y0: Float[Array, "batch latent"],
-        *,
-        regularizer: AbstractRegularizer | None = None,
-        key: PRNGKeyArray | None = None,
-        max_steps: int = 4096,
-        saveat: diffrax.SaveAt | None = None,
-    ) -> tuple[diffrax.Solution, Real[Array, ""]]:
-        """Solves the equation over `times`, saved at them; see `lrnde.diffeqsolve`."""
-        return diffeqsolve(
-            diffrax.ODETerm(self.vector_field),
-            self.solver,
-            times[0],
-            times[-1],
-            None,
-            y0,
-            regularizer=regularizer,
-            key=key,
-            saveat=diffrax.SaveAt(ts=times) if saveat is None else saveat,
-            stepsize_controller=diffrax.PIDController(
-                rtol=self.tolerance, atol=self.tolerance
-            ),
-            adjoint=self.adjoint,
-            max_steps=max_steps,
-            throw=False,
-        )
 
     def __call__(
         self,
@@ -288,8 +252,14 @@ class LatentODE(eqx.Module):
         else:
             draw, sample = jr.split(key)
             y0 = posterior.sample(draw)
-        sol, penalty = self.solve(
-            times, y0, regularizer=regularizer, key=sample, max_steps=max_steps
+        sol, penalty = self.ode.solve(
+            y0,
+            t0=times[0],
+            t1=times[-1],
+            regularizer=regularizer,
+            key=sample,
+            max_steps=max_steps,
+            saveat=diffrax.SaveAt(ts=times),
         )
         return Reconstruction(
             x=self.readout(jnp.swapaxes(sol.ys, 0, 1)),

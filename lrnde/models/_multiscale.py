@@ -11,10 +11,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from .._adjoint import TapeAdjoint
 from .._regularizers import AbstractRegularizer
-from .._solve import diffeqsolve
 from ._convolutional import BatchNorm, Conv
 from ._layers import Linear
-from ._node import make_prediction, Prediction
+from ._node import make_prediction, NeuralODE, Prediction
 
 # Standard deviation of the initial kernels, and the rate of the dropout.
 _DEVIATION = 0.01
@@ -175,9 +174,7 @@ class MultiScaleODEClassifier(eqx.Module):
     - `channels`: Channels of either state.
     - `expansion`: How many times as many a branch has inside.
     - `classes`: Number of classes.
-    - `solver`: A diffrax solver with an embedded error estimate.
-    - `tolerance`: Relative and absolute tolerance of the solve.
-    - `adjoint`: How the gradient goes through the solve.
+    - `solver`, `tolerance`, `adjoint`: As for `NeuralODE`.
     - `key`: A `jax.random.key` for the initial parameters.
 
     **Raises:**
@@ -186,15 +183,12 @@ class MultiScaleODEClassifier(eqx.Module):
     """
 
     embedding: tuple[ConvNorm, ConvNorm]
-    vector_field: MultiScaleField
+    ode: NeuralODE
     heads: tuple[Bottleneck, Bottleneck]
     down: ConvNorm
     widen: ConvNorm
     readout: Linear
-    solver: diffrax.AbstractSolver
-    adjoint: diffrax.AbstractAdjoint
     image_shape: tuple[int, int, int] = eqx.field(static=True)
-    tolerance: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -218,7 +212,8 @@ class MultiScaleODEClassifier(eqx.Module):
             ConvNorm(image_shape[2], channels, key=keys[0]),
             ConvNorm(channels, channels, key=keys[1]),
         )
-        self.vector_field = MultiScaleField(channels, expansion, key=keys[2])
+        vector_field = MultiScaleField(channels, expansion, key=keys[2])
+        self.ode = NeuralODE(vector_field, solver, tolerance, adjoint)
         self.heads = (
             Bottleneck(channels, 8, 32, key=keys[3]),
             Bottleneck(channels, 16, 64, key=keys[4]),
@@ -226,10 +221,7 @@ class MultiScaleODEClassifier(eqx.Module):
         self.down = ConvNorm(32, 64, stride=2, bias=True, key=keys[5])
         self.widen = ConvNorm(64, 200, 1, bias=True, key=keys[6])
         self.readout = Linear(200, classes, key=keys[7])
-        self.solver = solver
-        self.adjoint = adjoint
         self.image_shape = image_shape
-        self.tolerance = tolerance
 
     def embed(
         self, x: Float[Array, "batch pixels"]
@@ -268,22 +260,12 @@ class MultiScaleODEClassifier(eqx.Module):
         if key is not None:
             drop, sample = jr.split(key)
             masks = _dropout(drop, y0)
-        sol, penalty = diffeqsolve(
-            diffrax.ODETerm(self.vector_field),
-            self.solver,
-            0.0,
-            1.0,
-            None,
+        sol, penalty = self.ode.solve(
             y0,
             Injection(fine, masks),
             regularizer=regularizer,
             key=sample,
-            stepsize_controller=diffrax.PIDController(
-                rtol=self.tolerance, atol=self.tolerance
-            ),
-            adjoint=self.adjoint,
             max_steps=max_steps,
-            throw=False,
         )
         final = jax.tree.map(lambda ys: ys[0], sol.ys)
         wide = [head(u) for head, u in zip(self.heads, final, strict=True)]

@@ -1,11 +1,12 @@
-"""Classifiers that are neural ODEs."""
+"""Neural ODEs, and a classifier that is one."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
 import jax.random as jr
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Real
 
 from .._adjoint import TapeAdjoint
 from .._regularizers import AbstractRegularizer
@@ -30,28 +31,72 @@ class Prediction(NamedTuple):
     successful: Bool[Array, ""]
 
 
+class NeuralODE(eqx.Module):
+    """An ordinary differential equation $dy/dt = f(t, y)$ with a trained vector field.
+
+    A batch of states is one state of one solve: the step size controller sees the root
+    mean square of the error over every entry of every example.
+
+    **Arguments:**
+
+    - `vector_field`: Called as `vector_field(t, y, args)`.
+    - `solver`: A diffrax solver with an embedded error estimate.
+    - `tolerance`: Relative and absolute tolerance of the solve.
+    - `adjoint`: How the gradient goes through the solve.
+    """
+
+    vector_field: Callable
+    solver: diffrax.AbstractSolver
+    tolerance: float = eqx.field(static=True)
+    adjoint: diffrax.AbstractAdjoint = TapeAdjoint()  # noqa: RUF009
+
+    def solve(
+        self,
+        y0: PyTree[Array],
+        args: PyTree = None,
+        *,
+        t0: Any = 0.0,
+        t1: Any = 1.0,
+        regularizer: AbstractRegularizer | None = None,
+        key: PRNGKeyArray | None = None,
+        max_steps: int = 4096,
+        saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),  # noqa: B008
+    ) -> tuple[diffrax.Solution, Real[Array, ""]]:
+        """Solves the equation; see `lrnde.diffeqsolve`."""
+        return diffeqsolve(
+            diffrax.ODETerm(self.vector_field),
+            self.solver,
+            t0,
+            t1,
+            None,
+            y0,
+            args,
+            regularizer=regularizer,
+            key=key,
+            saveat=saveat,
+            stepsize_controller=diffrax.PIDController(
+                rtol=self.tolerance, atol=self.tolerance
+            ),
+            adjoint=self.adjoint,
+            max_steps=max_steps,
+            throw=False,
+        )
+
+
 class NeuralODEClassifier(eqx.Module):
     """Flow the input from time 0 to 1, then read the classes off linearly.
-
-    The whole batch is one state of one solve: the step size controller sees the root
-    mean square of the error over every entry of every example.
 
     **Arguments:**
 
     - `size`: Length of an input.
     - `hidden`: Width of the vector field's hidden layer.
     - `classes`: Number of classes.
-    - `solver`: A diffrax solver with an embedded error estimate.
-    - `tolerance`: Relative and absolute tolerance of the solve.
-    - `adjoint`: How the gradient goes through the solve.
+    - `solver`, `tolerance`, `adjoint`: As for `NeuralODE`.
     - `key`: A `jax.random.key` for the initial parameters.
     """
 
-    vector_field: TimeMLP
+    ode: NeuralODE
     readout: Linear
-    solver: diffrax.AbstractSolver
-    adjoint: diffrax.AbstractAdjoint
-    tolerance: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -65,39 +110,9 @@ class NeuralODEClassifier(eqx.Module):
         key: PRNGKeyArray,
     ):
         field_key, readout_key = jr.split(key)
-        self.vector_field = TimeMLP(size, hidden, key=field_key)
+        vector_field = TimeMLP(size, hidden, key=field_key)
+        self.ode = NeuralODE(vector_field, solver, tolerance, adjoint)
         self.readout = Linear(size, classes, key=readout_key)
-        self.solver = solver
-        self.adjoint = adjoint
-        self.tolerance = tolerance
-
-    def solve(
-        self,
-        x: Float[Array, "batch size"],
-        *,
-        regularizer: AbstractRegularizer | None = None,
-        key: PRNGKeyArray | None = None,
-        max_steps: int = 4096,
-        saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),  # noqa: B008
-    ) -> tuple[diffrax.Solution, Real[Array, ""]]:
-        """Solves the model's differential equation; see `lrnde.diffeqsolve`."""
-        return diffeqsolve(
-            diffrax.ODETerm(self.vector_field),
-            self.solver,
-            0.0,
-            1.0,
-            None,
-            x,
-            regularizer=regularizer,
-            key=key,
-            saveat=saveat,
-            stepsize_controller=diffrax.PIDController(
-                rtol=self.tolerance, atol=self.tolerance
-            ),
-            adjoint=self.adjoint,
-            max_steps=max_steps,
-            throw=False,
-        )
 
     def __call__(
         self,
@@ -119,7 +134,7 @@ class NeuralODEClassifier(eqx.Module):
 
         A `Prediction`.
         """
-        sol, penalty = self.solve(
+        sol, penalty = self.ode.solve(
             x, regularizer=regularizer, key=key, max_steps=max_steps
         )
         return make_prediction(self.readout(sol.ys[0]), sol, penalty)
