@@ -16,6 +16,7 @@ from lrnde.models import (
     MultiScaleODEClassifier,
     TimeConv,
 )
+from lrnde.models._convolutional import convolve
 from lrnde.models._multiscale import _dropout, Injection, Scales
 from lrnde.objectives import cross_entropy
 
@@ -30,7 +31,7 @@ def make_model(tolerance=1e-4):
 
 def make_multiscale(tolerance=1e-4):
     return MultiScaleODEClassifier(
-        (6, 4, 3), 4, 2, 3, solver=lrnde.Bosh3(), tolerance=tolerance, key=jr.key(0)
+        (6, 4, 3), 4, 8, 3, solver=lrnde.Bosh3(), tolerance=tolerance, key=jr.key(0)
     )
 
 
@@ -60,6 +61,30 @@ def test_a_convolution_is_its_sum(stride):
             )
             expected = expected[::stride, ::stride] + conv.bias[k]
             np.testing.assert_allclose(result[:, :, k], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("shape", [(4, 6), (5, 7), (1, 2)])
+def test_derivatives_of_a_convolution(float64, shape, size, stride):
+    x = jr.normal(jr.key(0), (3, *shape, 2))
+    weight = jr.normal(jr.key(1), (size, size, 2, 4))
+
+    def derived(x, weight):  # with the derivatives that JAX finds
+        return jax.lax.conv_general_dilated(
+            x,
+            weight,
+            (stride, stride),
+            [(size // 2, size // 2)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    expected, expected_vjp = jax.vjp(derived, x, weight)
+    found, found_vjp = jax.vjp(lambda *args: convolve(*args, stride), x, weight)
+    np.testing.assert_array_equal(found, expected)
+    cotangent = jr.normal(jr.key(2), found.shape)
+    for a, b in zip(found_vjp(cotangent), expected_vjp(cotangent), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.7])

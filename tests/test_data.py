@@ -23,6 +23,7 @@ from lrnde.data import (
     DataError,
     Dataset,
     padded_batches,
+    training_subset,
     validation_split,
 )
 
@@ -474,14 +475,12 @@ def test_batches_have_no_negative_step():
         Batches(3, 2, 0)[-1]
 
 
-# Validation split
+# Parts of a training set
 
 
-@given(n=st.integers(2, 50), draw=st.data(), seed=SEEDS)
-def test_validation_split(n, draw, seed):
-    size = draw.draw(st.integers(1, n - 1))
+def numbers(n):
     number = np.arange(n)  # each row carries its own number, in image and label
-    dataset = Dataset(
+    return Dataset(
         x_train=np.repeat(number[:, None], 4, axis=1).astype(np.float32),
         y_train=number.astype(np.int32),
         x_test=np.full((3, 4), -1, np.float32),
@@ -489,18 +488,39 @@ def test_validation_split(n, draw, seed):
         name="numbers",
         image_shape=(2, 2),
     )
+
+
+@given(n=st.integers(2, 50), draw=st.data(), seed=SEEDS)
+def test_validation_split(n, draw, seed):
+    size = draw.draw(st.integers(1, n - 1))
+    dataset = numbers(n)
     split = validation_split(dataset, size, seed)
     assert split.name == "numbers-validation" and split.image_shape == (2, 2)
     assert len(split.y_test) == size
     rows = np.concatenate([split.y_train, split.y_test])
-    np.testing.assert_array_equal(np.sort(rows), number)  # and no row of the test set
+    np.testing.assert_array_equal(np.sort(rows), np.arange(n))  # and no row of the test set
     np.testing.assert_array_equal(split.x_train[:, 0], split.y_train)
     np.testing.assert_array_equal(split.x_test[:, 0], split.y_test)
     again = validation_split(dataset, size, seed)
     np.testing.assert_array_equal(split.y_test, again.y_test)
 
 
+@given(n=st.integers(2, 50), draw=st.data(), seed=SEEDS)
+def test_training_subset(n, draw, seed):
+    size = draw.draw(st.integers(1, n - 1))
+    dataset = numbers(n)
+    subset = training_subset(dataset, size, seed)
+    assert subset.name == f"numbers-{size}" and subset.image_shape == (2, 2)
+    assert len(subset.y_train) == size
+    assert np.all(np.diff(subset.y_train) > 0)  # no row twice, and in their order
+    np.testing.assert_array_equal(subset.x_train[:, 0], subset.y_train)
+    np.testing.assert_array_equal(subset.x_test, dataset.x_test)
+    again = training_subset(dataset, size, seed)
+    np.testing.assert_array_equal(subset.y_train, again.y_train)
+
+
+@pytest.mark.parametrize("part", [training_subset, validation_split])
 @pytest.mark.parametrize("size", [-1, 0, 1437, 2000])
-def test_validation_split_rejects_bad_sizes(size):
+def test_bad_sizes_of_parts_are_rejected(part, size):
     with pytest.raises(ValueError, match=f"from 1 to 1436, not {size}"):
-        validation_split(data.digits(), size, 0)
+        part(data.digits(), size, 0)

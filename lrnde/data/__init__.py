@@ -23,6 +23,7 @@ from ._load import main as main
 from ._physionet import physionet2012 as physionet2012
 from ._series import normalised_split as normalised_split
 from ._series import TimeSeries as TimeSeries
+from ._split import training_subset as training_subset
 from ._split import validation_split as validation_split
 
 # For autodoc, which passes over what is imported unless it is listed.
@@ -41,5 +42,6 @@ __all__ = [
     "padded_batches",
     "physionet2012",
     "standardised",
+    "training_subset",
     "validation_split",
 ]

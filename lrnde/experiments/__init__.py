@@ -6,6 +6,8 @@ The notebooks and `python -m lrnde.run` both call `run`.
 from collections.abc import Mapping
 from typing import Any
 
+from ._classification import CIFAR10 as CIFAR10
+from ._classification import CIFAR10MultiScale as CIFAR10MultiScale
 from ._classification import classification as classification
 from ._classification import Classifier as Classifier
 from ._classification import evaluate as evaluate
@@ -33,7 +35,15 @@ from ._run import train as train
 from ._spiral import Spiral as Spiral
 
 EXPERIMENTS: dict[str, type[Config]] = {
-    config.experiment: config for config in (MNISTNode, MNISTNSDE, PhysioNet, Spiral)
+    config.experiment: config
+    for config in (
+        MNISTNode,
+        MNISTNSDE,
+        PhysioNet,
+        CIFAR10,
+        CIFAR10MultiScale,
+        Spiral,
+    )
 }
 
 

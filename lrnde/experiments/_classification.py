@@ -1,4 +1,4 @@
-"""Experiments that classify images: MNIST with a neural ODE and a neural SDE."""
+"""Experiments that classify images: MNIST and CIFAR10."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,12 @@ import numpy as np
 import optax
 
 from .. import data
-from ..models import NeuralODEClassifier, NeuralSDEClassifier
+from ..models import (
+    ConvODEClassifier,
+    MultiScaleODEClassifier,
+    NeuralODEClassifier,
+    NeuralSDEClassifier,
+)
 from ..objectives import accuracy, correct, cross_entropy
 from ..training import Evaluation
 from ._run import check_solved, constant, DatasetConfig, MAX_STEPS
@@ -136,7 +141,7 @@ class Classifier(DatasetConfig):
 
     def prediction(self, dataset) -> tuple[Callable, int]:
         x = jnp.asarray(dataset.x_test[: self.eval_batch_size])
-        key = self.key(2)
+        key = self.evaluation().get("key")
         return lambda model: model(x, key=key, max_steps=MAX_STEPS).logits, len(x)
 
 
@@ -195,3 +200,71 @@ class MNISTNSDE(Classifier):
 
     def evaluation(self):
         return {"key": self.key(2), "trajectories": self.trajectories}
+
+
+@dataclass(frozen=True)
+class CIFAR10(Classifier):
+    """A convolutional neural ODE, the fourth experiment of Pal et al. (2023).
+
+    The images are standardised after they were made smaller.
+
+    **Arguments:** those of `Classifier`, and
+
+    - `channels`: Channels of the state. `hidden` counts those inside the vector field.
+    - `train_size`: Training images, the same for every seed; 0 for all there are.
+    - `averaging`: Rows and columns of the blocks of pixels that are averaged to one.
+    """
+
+    experiment: str = "cifar10"
+    hidden: int = 64
+    channels: int = 8
+    train_size: int = 0
+    averaging: int = 1
+    tolerance: float = 1e-4
+
+    @classmethod
+    def counts(cls):
+        return (*super().counts(), "channels", "averaging")
+
+    def load_data(self):
+        dataset = super().load_data()
+        if self.train_size:
+            dataset = data.training_subset(dataset, self.train_size, seed=0)
+        if self.averaging > 1:
+            dataset = data.averaged_down(dataset, self.averaging)
+        return data.standardised(dataset)
+
+    def make_model(self, dataset) -> ConvODEClassifier:
+        """The untrained model."""
+        return ConvODEClassifier(**self.model_settings(dataset))
+
+    def model_settings(self, dataset) -> dict[str, Any]:
+        """What the model is made from."""
+        return dict(
+            # Grey images have one channel.
+            image_shape=(*dataset.image_shape, 1)[:3],
+            channels=self.channels,
+            hidden=self.hidden,
+            classes=dataset.num_classes,
+            solver=self.make_solver(),
+            tolerance=self.tolerance,
+            key=self.key(0),
+        )
+
+
+@dataclass(frozen=True)
+class CIFAR10MultiScale(CIFAR10):
+    """A neural ODE at two resolutions, the last experiment of Pal et al. (2023).
+
+    **Arguments:** those of `CIFAR10`; `channels` counts those of either state.
+    """
+
+    experiment: str = "cifar10-multiscale"
+    hidden: int = 120
+    channels: int = 24
+    solver: str = "bosh3"
+    tolerance: float = 0.05
+
+    def make_model(self, dataset) -> MultiScaleODEClassifier:
+        """The untrained model."""
+        return MultiScaleODEClassifier(**self.model_settings(dataset))

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
-from .._adjoint import TapeAdjoint
 from .._regularizers import AbstractRegularizer
 from ._convolutional import BatchNorm, Conv
 from ._layers import Linear
@@ -84,10 +83,10 @@ class Branch(eqx.Module):
     inner: BatchNorm
     outer: BatchNorm
 
-    def __init__(self, channels: int, expansion: int, *, key: PRNGKeyArray):
+    def __init__(self, channels: int, hidden: int, *, key: PRNGKeyArray):
         first, second = jr.split(key)
-        self.widen = ConvNorm(channels, expansion * channels, key=first)
-        self.narrow = _conv(expansion * channels, channels, key=second)
+        self.widen = ConvNorm(channels, hidden, key=first)
+        self.narrow = _conv(hidden, channels, key=second)
         self.inner, self.outer = BatchNorm(channels), BatchNorm(channels)
 
     def __call__(self, u, injection, mask):
@@ -110,9 +109,9 @@ class MultiScaleField(eqx.Module):
     merge: tuple[Conv, Conv]
     norms: tuple[BatchNorm, BatchNorm]
 
-    def __init__(self, channels: int, expansion: int, *, key: PRNGKeyArray):
+    def __init__(self, channels: int, hidden: int, *, key: PRNGKeyArray):
         keys = jr.split(key, 6)
-        self.branches = tuple(Branch(channels, expansion, key=k) for k in keys[:2])
+        self.branches = tuple(Branch(channels, hidden, key=k) for k in keys[:2])
         self.down = ConvNorm(channels, channels, stride=2, key=keys[2])
         self.up = ConvNorm(channels, channels, key=keys[3])
         self.merge = tuple(_conv(channels, channels, 1, key=k) for k in keys[4:])
@@ -172,7 +171,7 @@ class MultiScaleODEClassifier(eqx.Module):
 
     - `image_shape`: Rows, columns and channels of an image; rows and columns are even.
     - `channels`: Channels of either state.
-    - `expansion`: How many times as many a branch has inside.
+    - `hidden`: Channels inside a branch.
     - `classes`: Number of classes.
     - `solver`, `tolerance`, `adjoint`: As for `NeuralODE`.
     - `key`: A `jax.random.key` for the initial parameters.
@@ -194,12 +193,12 @@ class MultiScaleODEClassifier(eqx.Module):
         self,
         image_shape: tuple[int, int, int],
         channels: int = 24,
-        expansion: int = 5,
+        hidden: int = 120,
         classes: int = 10,
         *,
         solver: diffrax.AbstractSolver,
         tolerance: float,
-        adjoint: diffrax.AbstractAdjoint = TapeAdjoint(),  # noqa: B008
+        adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),  # noqa: B008
         key: PRNGKeyArray,
     ):
         if image_shape[0] % 2 or image_shape[1] % 2:
@@ -212,7 +211,7 @@ class MultiScaleODEClassifier(eqx.Module):
             ConvNorm(image_shape[2], channels, key=keys[0]),
             ConvNorm(channels, channels, key=keys[1]),
         )
-        vector_field = MultiScaleField(channels, expansion, key=keys[2])
+        vector_field = MultiScaleField(channels, hidden, key=keys[2])
         self.ode = NeuralODE(vector_field, solver, tolerance, adjoint)
         self.heads = (
             Bottleneck(channels, 8, 32, key=keys[3]),
