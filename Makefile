@@ -33,6 +33,7 @@ lab: $(STAMP) ## Open the chapters in JupyterLab
 data: $(STAMP) ## Fetch the data sets, or check those that LRNDE_DATA names
 	.venv/bin/python -m lrnde.data mnist
 	.venv/bin/python -m lrnde.data physionet2012
+	.venv/bin/python -m lrnde.data cifar10
 
 bench: $(STAMP) ## Time solves and gradients: writes book/benchmarks/<platform>.json
 	$(INSTALL) -e '.[bench]'

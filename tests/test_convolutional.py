@@ -13,11 +13,13 @@ from lrnde.models import (
     BatchNorm,
     Conv,
     ConvODEClassifier,
+    Injection,
     MultiScaleODEClassifier,
+    Scales,
     TimeConv,
 )
 from lrnde.models._convolutional import convolve
-from lrnde.models._multiscale import _dropout, Injection, Scales
+from lrnde.models._multiscale import _dropout
 from lrnde.objectives import cross_entropy
 
 SHAPE = (6, 5, 3)
@@ -215,8 +217,8 @@ def test_gradient_of_the_field_at_two_resolutions(float64):
     coarse = jr.normal(jr.key(2), (5, 3, 2, 4), float)
 
     def function(model):
-        state = Scales(model.embed(x), coarse)
-        injection = Injection(model.embed(x), in_double(_dropout(jr.key(3), state)))
+        state = Scales(model.embed(x).fine, coarse)
+        injection = Injection(state.fine, in_double(_dropout(jr.key(3), state)))
         out = model.ode.vector_field(jnp.zeros(()), state, injection)
         return jnp.sum(jnp.sin(out.fine)) + jnp.sum(jnp.cos(out.coarse))
 

@@ -93,6 +93,26 @@ def check_physionet(results):
     assert 0 < results["nfe_ratio"]["biased"] <= 1
 
 
+def check_cifar10(results):
+    assert results["losses_finite"] is True
+    assert results["record_written"] is True
+    assert 0 < results["nfe_ratio"]["biased"] <= 1
+    assert all(accuracy > 0.2 for accuracy in results["test_accuracy"].values())
+    company = results["company"]  # the larger the batch, the less it matters
+    assert company == sorted(company, reverse=True)
+    in_loop = results["milliseconds"]["in a loop"]
+    assert in_loop["by lrnde"] < in_loop["by JAX"]
+
+
+def check_cifar10_multiscale(results):
+    assert results["losses_finite"] is True
+    assert results["record_written"] is True
+    assert all(accuracy > 0.2 for accuracy in results["test_accuracy"].values())
+    assert set(results["diverged"].values()) == {0}
+    # The least: the first evaluation and three a step, of which there are three.
+    assert all(nfe >= 10 for nfe in results["nfe"].values())
+
+
 CHECKS = {
     "first_look": check_first_look,
     "adaptive_solvers": check_adaptive_solvers,
@@ -104,6 +124,8 @@ CHECKS = {
     "mnist_nsde": check_mnist_nsde,
     "spiral_sde": check_spiral_sde,
     "physionet": check_physionet,
+    "cifar10": check_cifar10,
+    "cifar10_multiscale": check_cifar10_multiscale,
 }
 
 

@@ -14,6 +14,7 @@ from ._layers import Linear as Linear
 from ._layers import MLP as MLP
 from ._layers import TimeLinear as TimeLinear
 from ._layers import TimeMLP as TimeMLP
+from ._multiscale import Injection as Injection
 from ._multiscale import MultiScaleField as MultiScaleField
 from ._multiscale import MultiScaleODEClassifier as MultiScaleODEClassifier
 from ._multiscale import Scales as Scales

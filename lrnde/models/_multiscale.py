@@ -222,14 +222,15 @@ class MultiScaleODEClassifier(eqx.Module):
         self.readout = Linear(200, classes, key=keys[7])
         self.image_shape = image_shape
 
-    def embed(
-        self, x: Float[Array, "batch pixels"]
-    ) -> Float[Array, "batch height width channels"]:
-        """The injection for a batch of flattened images, and their fine states."""
+    def embed(self, x: Float[Array, "batch pixels"]) -> Scales:
+        """The initial states of a batch of flattened images.
+
+        The fine one is also what is injected.
+        """
         x = x.reshape(len(x), *self.image_shape)
         for layer in self.embedding:
             x = jax.nn.relu(layer(x))
-        return x
+        return Scales(x, jnp.zeros_like(x[:, ::2, ::2]))
 
     def __call__(
         self,
@@ -253,15 +254,14 @@ class MultiScaleODEClassifier(eqx.Module):
 
         A `Prediction`.
         """
-        fine = self.embed(x)
-        y0 = Scales(fine, jnp.zeros_like(fine[:, ::2, ::2]))
+        y0 = self.embed(x)
         masks, sample = None, None
         if key is not None:
             drop, sample = jr.split(key)
             masks = _dropout(drop, y0)
         sol, penalty = self.ode.solve(
             y0,
-            Injection(fine, masks),
+            Injection(y0.fine, masks),
             regularizer=regularizer,
             key=sample,
             max_steps=max_steps,
