@@ -208,7 +208,9 @@ class ConvODEClassifier(eqx.Module):
     - `channels`: Channels of the state.
     - `hidden`: Channels inside the vector field.
     - `classes`: Number of classes.
-    - `solver`, `tolerance`, `adjoint`: As for `NeuralODE`.
+    - `solver`, `tolerance`, `adjoint`: As for `NeuralODE`, but with checkpointing where
+        no adjoint is given: what a tape stores of images takes longer to set aside than
+        to compute again.
     - `key`: A `jax.random.key` for the initial parameters.
     """
 

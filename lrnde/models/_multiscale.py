@@ -173,7 +173,9 @@ class MultiScaleODEClassifier(eqx.Module):
     - `channels`: Channels of either state.
     - `hidden`: Channels inside a branch.
     - `classes`: Number of classes.
-    - `solver`, `tolerance`, `adjoint`: As for `NeuralODE`.
+    - `solver`, `tolerance`, `adjoint`: As for `NeuralODE`, but with checkpointing where
+        no adjoint is given: what a tape stores of images takes longer to set aside than
+        to compute again.
     - `key`: A `jax.random.key` for the initial parameters.
 
     **Raises:**
