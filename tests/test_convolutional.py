@@ -236,6 +236,14 @@ def test_dropout_keeps_the_mean():
         np.testing.assert_allclose(mask.mean(), 1, atol=0.05)
 
 
+def test_what_cannot_be_built_is_refused():
+    settings = dict(solver=lrnde.Tsit5(), tolerance=1e-3, key=jr.key(0))
+    with pytest.raises(ValueError, match="channels=3 must be more than the 3"):
+        ConvODEClassifier(SHAPE, channels=3, **settings)
+    with pytest.raises(ValueError, match="size=2 must be odd"):
+        Conv(3, 4, 2, key=jr.key(0))
+
+
 def test_an_odd_image_is_refused():
     with pytest.raises(ValueError, match="have to be even"):
         MultiScaleODEClassifier(

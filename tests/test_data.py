@@ -498,9 +498,7 @@ def test_validation_split(n, draw, seed):
     assert split.name == "numbers-validation" and split.image_shape == (2, 2)
     assert len(split.y_test) == size
     rows = np.concatenate([split.y_train, split.y_test])  # none of the test set
-    np.testing.assert_array_equal(
-        np.sort(rows), np.arange(n)
-    )  # and no row of the test set
+    np.testing.assert_array_equal(np.sort(rows), np.arange(n))
     np.testing.assert_array_equal(split.x_train[:, 0], split.y_train)
     np.testing.assert_array_equal(split.x_test[:, 0], split.y_test)
     again = validation_split(dataset, size, seed)

@@ -108,7 +108,7 @@ def check_cifar10_multiscale(results):
     assert results["losses_finite"] is True
     assert results["record_written"] is True
     assert all(accuracy > 0.2 for accuracy in results["test_accuracy"].values())
-    assert set(results["diverged"].values()) == {0}
+    assert set(results["fallen_back"].values()) == {0}
     # The least: the first evaluation and three a step, of which there are three.
     assert all(nfe >= 10 for nfe in results["nfe"].values())
 

@@ -17,23 +17,7 @@ from ._node import make_prediction, NeuralODE, Prediction
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-def _stride_one(x, weight, padding):
-    return lax.conv_general_dilated(
-        x, weight, (1, 1), [(padding, padding)] * 2, dimension_numbers=_LAYOUT
-    )
-
-
-# The derivatives are written as convolutions in the layout of the convolution itself.
-# Those that JAX derives have another, for which XLA on a CPU has no fast code inside a
-# loop, and a solve is a loop: its gradient took twenty times as long.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve(
-    x: Float[Array, "batch height width inputs"],
-    weight: Float[Array, "size size inputs outputs"],
-    stride: int = 1,
-) -> Float[Array, "batch height2 width2 outputs"]:
-    """The convolution of `Conv`, without a bias; for reverse mode alone."""
-    padding = len(weight) // 2
+def _convolve(x, weight, stride, padding):
     return lax.conv_general_dilated(
         x,
         weight,
@@ -41,6 +25,19 @@ def convolve(
         [(padding, padding)] * 2,
         dimension_numbers=_LAYOUT,
     )
+
+
+# The derivatives are written as convolutions in the layout of the convolution itself.
+# Those that JAX derives have another, for which XLA on a CPU has no fast code inside a
+# loop, and a solve is a loop; the chapter on CIFAR10 measures the difference.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve(
+    x: Float[Array, "batch height width inputs"],
+    weight: Float[Array, "size size inputs outputs"],
+    stride: int = 1,
+) -> Float[Array, "batch height2 width2 outputs"]:
+    """The convolution of `Conv`, without a bias."""
+    return _convolve(x, weight, stride, len(weight) // 2)
 
 
 def _convolve_forward(x, weight, stride):
@@ -59,10 +56,10 @@ def _convolve_backward(stride, residuals, cotangent):
     cotangent = lax.pad(cotangent, zero, [(0, 0, 0), *gaps, (0, 0, 0)])
     turned = jnp.flip(weight, (0, 1)).swapaxes(2, 3)
     # Images take the place of channels, and what came out that of a kernel.
-    gradient = _stride_one(
-        x.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), padding
+    gradient = _convolve(
+        x.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), 1, padding
     )
-    return _stride_one(cotangent, turned, padding), gradient.transpose(1, 2, 0, 3)
+    return _convolve(cotangent, turned, 1, padding), gradient.transpose(1, 2, 0, 3)
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -72,6 +69,7 @@ class Conv(eqx.Module):
     """A convolution of images with channels last; zeros beyond the border.
 
     The kernel's middle moves over the pixels, with a stride over every so many of them.
+    Derivatives are those of reverse mode; there is no `jax.jvp`.
 
     **Arguments:**
 
@@ -81,6 +79,10 @@ class Conv(eqx.Module):
     - `bias`: Whether a bias is added.
     - `deviation`: Standard deviation of the initial kernel; `None` for Glorot uniform.
     - `key`: A `jax.random.key` for the initial kernel.
+
+    **Raises:**
+
+    - `ValueError` if the size is even.
     """
 
     weight: Float[Array, "size size inputs outputs"]
@@ -98,6 +100,8 @@ class Conv(eqx.Module):
         deviation: float | None = None,
         key: PRNGKeyArray,
     ):
+        if size % 2 == 0:
+            raise ValueError(f"size={size} must be odd: a kernel has a middle.")
         self.weight = _kernel(key, (size, size, inputs, outputs), deviation)
         self.bias = jnp.zeros(outputs) if bias else None
         self.stride = stride
@@ -209,9 +213,12 @@ class ConvODEClassifier(eqx.Module):
     - `hidden`: Channels inside the vector field.
     - `classes`: Number of classes.
     - `solver`, `tolerance`, `adjoint`: As for `NeuralODE`, but with checkpointing where
-        no adjoint is given: what a tape stores of images takes longer to set aside than
-        to compute again.
+        no adjoint is given, since a tape of images takes much memory.
     - `key`: A `jax.random.key` for the initial parameters.
+
+    **Raises:**
+
+    - `ValueError` if the state has no more channels than the images.
     """
 
     embedding: Conv
@@ -234,6 +241,11 @@ class ConvODEClassifier(eqx.Module):
         key: PRNGKeyArray,
     ):
         height, width, colors = image_shape
+        if channels <= colors:
+            raise ValueError(
+                f"channels={channels} must be more than the {colors} of the images, "
+                "which are channels of the state, too."
+            )
         keys = jr.split(key, 4)
         self.embedding = Conv(colors, channels - colors, key=keys[0])
         self.norm = BatchNorm(channels)

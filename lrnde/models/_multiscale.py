@@ -174,8 +174,7 @@ class MultiScaleODEClassifier(eqx.Module):
     - `hidden`: Channels inside a branch.
     - `classes`: Number of classes.
     - `solver`, `tolerance`, `adjoint`: As for `NeuralODE`, but with checkpointing where
-        no adjoint is given: what a tape stores of images takes longer to set aside than
-        to compute again.
+        no adjoint is given, since a tape of images takes much memory.
     - `key`: A `jax.random.key` for the initial parameters.
 
     **Raises:**
