@@ -70,7 +70,8 @@ def evaluate(
     - `x`: Inputs, a row an example.
     - `y`: Labels.
     - `batch_size`: Examples in one solve. The NFE depends on it, since the error of a
-        step is a mean over the batch.
+        step is a mean over the batch; the logits do as well if the model has a batch
+        norm.
     - `key`: A `jax.random.key` for a stochastic model.
     - `kwargs`: What else the model is called with.
 
