@@ -132,6 +132,11 @@ def test_the_published_size():
     assert sum(found) == embedding + field + head
 
 
+def test_the_image_keeps_its_rows_and_columns():
+    model = make_model()
+    assert model.embed(images(2)).shape == (2, *SHAPE[:2], 5)
+
+
 def test_the_order_of_a_batch_does_not_matter(float64):
     model, x = in_double((make_model(), images()))
     order = np.random.default_rng(0).permutation(len(x))
