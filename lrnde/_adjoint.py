@@ -112,17 +112,18 @@ def _between_steps(while_loop, solver):
 
     def wrapped(cond_fun, body_fun, init_val, *, max_steps, buffers):
         sampler = init_val.controller_state
-        sampled = isinstance(sampler, ControllerState) and sampler.reservoir is not None
+        sampling = isinstance(sampler, ControllerState) and bool(sampler.reservoirs)
 
         def body(state):
             new = body_fun(state)
             return solver.go_on(state, new) if remembering else new
 
         def all_buffers(state):
-            slots = [state.controller_state.reservoir.slots] if sampled else []
-            if sampled and remembering:
-                slots.append(state.solver_state[1].samples)
-            return buffers(state) + slots
+            if not sampling:
+                return buffers(state)
+            slots = [x.slots for x in state.controller_state.reservoirs]
+            noise = state.solver_state[1].samples if remembering else ()
+            return [*buffers(state), *slots, *noise]
 
         return while_loop(
             cond_fun, body, init_val, max_steps=max_steps, buffers=all_buffers

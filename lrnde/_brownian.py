@@ -15,6 +15,8 @@ from jax import lax
 from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray, PyTree, Real, UInt32
 
+from ._wrapped import AbstractTransparentSolver
+
 
 class Increment(NamedTuple):
     """What is known of a Brownian path over an interval.
@@ -239,7 +241,7 @@ class Memory(NamedTuple):
     - `ahead`: Their noise. A last row takes writes that nobody wants.
     - `depth`: How many there are.
     - `overflowed`: Whether there were too many at some time.
-    - `samples`: As `lrnde._sampling.Reservoir.slots`: the noise of the sampled step.
+    - `samples`: As `lrnde._sampling.Reservoir.slots`: the noise of each sampled step.
     """
 
     current: Increment
@@ -247,44 +249,21 @@ class Memory(NamedTuple):
     ahead: Increment
     depth: Int[Array, ""]
     overflowed: Bool[Array, ""]
-    samples: Increment | None
+    samples: tuple[Increment, ...] | None
 
 
-class RememberingSolver(diffrax.AbstractWrappedSolver):
+class RememberingSolver(AbstractTransparentSolver):
     """Gives a solver the noise of each of its steps, and keeps the memory.
 
-    The solver's state is a pair of the inner solver's state and a `Memory`. diffrax
+    The solver's state is a pair of the stepper's state and a `Memory`. diffrax
     puts a solver's state back when a step is rejected; so what a rejected step has
-    shown is noted by `go_on`, between two steps.
+    shown is noted by `go_on`, between two steps. `samples` says for how many sampled
+    steps it keeps the noise.
     """
 
-    solver: diffrax.AbstractSolver
+    stepper: diffrax.AbstractSolver
     path: BrownianPath
-    sampled: bool = eqx.field(static=True)
-
-    @property
-    def term_structure(self):
-        return self.solver.term_structure
-
-    @property
-    def interpolation_cls(self):
-        return self.solver.interpolation_cls
-
-    @property
-    def term_compatible_contr_kwargs(self):
-        return self.solver.term_compatible_contr_kwargs
-
-    def order(self, terms):
-        return self.solver.order(terms)
-
-    def strong_order(self, terms):
-        return self.solver.strong_order(terms)
-
-    def error_order(self, terms):
-        return self.solver.error_order(terms)
-
-    def func(self, terms, t0, y0, args):
-        return self.solver.func(terms, t0, y0, args)
+    samples: int = eqx.field(static=True)
 
     def init(self, terms, t0, t1, y0, args):
         current = self.path.draw(jr.fold_in(self.path.key, 0), t1 - t0)
@@ -295,17 +274,19 @@ class RememberingSolver(diffrax.AbstractWrappedSolver):
             jtu.tree_map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), current),
             jnp.zeros((), jnp.int32),
             jnp.zeros((), bool),
-            jtu.tree_map(lambda x: jnp.stack([x, x]), current)
-            if self.sampled
-            else None,
+            tuple(
+                jtu.tree_map(lambda x: jnp.stack([x, x]), current)
+                for _ in range(self.samples)
+            )
+            or None,
         )
         terms = show(terms, current)
-        return self.solver.init(terms, t0, t1, y0, args), memory
+        return self.stepper.init(terms, t0, t1, y0, args), memory
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         inner, memory = solver_state
         terms = show(terms, memory.current)
-        *rest, inner, result = self.solver.step(
+        *rest, inner, result = self.stepper.step(
             terms, t0, t1, y0, args, inner, made_jump
         )
         return *rest, (inner, memory), result
@@ -356,14 +337,18 @@ class RememberingSolver(diffrax.AbstractWrappedSolver):
             lambda s: (s.tnext, s.solver_state), after, (tnext, (inner, memory))
         )
 
-    def _sample(self, before, after, memory: Memory) -> Increment | None:
-        if not self.sampled:
+    def _sample(self, before, after, memory: Memory) -> tuple[Increment, ...] | None:
+        if not self.samples:
             return None
-        old, new = (s.controller_state.reservoir.replacements for s in (before, after))
-        slot = jnp.where(new > old, 0, 1)
-        return jtu.tree_map(
-            lambda x, xs: xs.at[slot].set(x), memory.current, memory.samples
-        )
+        old, new = (s.controller_state.reservoirs for s in (before, after))
+
+        def keep(samples, old, new):
+            slot = jnp.where(new.replacements > old.replacements, 0, 1)
+            return jtu.tree_map(
+                lambda x, xs: xs.at[slot].set(x), memory.current, samples
+            )
+
+        return tuple(map(keep, memory.samples, old, new))
 
 
 def _is_path(x) -> bool:

@@ -1,15 +1,16 @@
-"""Local regularizers: one step of the solver, measured after the solve."""
+"""Regularizers: quantities of a solve that training makes small."""
 
 import abc
 import functools as ft
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree, Real
+from jaxtyping import Array, Int, PyTree, Real
 
 from ._sampling import SAMPLINGS, scaled_error
 
@@ -34,24 +35,23 @@ class TakenStep(NamedTuple):
 
 
 class AbstractRegularizer(eqx.Module):
-    """A quantity of one step of a solver that training makes small.
+    """A quantity of a solve that training makes small; `lrnde.diffeqsolve` takes it.
 
-    Subclasses say which step (`sampling`, `step`) and measure it (`measure`).
+    `random` says whether it draws random numbers, so that a solve needs a key.
     """
 
-    sampling: eqx.AbstractVar[str]
-    step: eqx.AbstractVar[str]
+    random: eqx.AbstractClassVar[bool]
 
-    def __check_init__(self):
-        for name, choices in (
-            ("sampling", SAMPLINGS),
-            ("step", ("taken", "restarted")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not known; choose one of "
-                    f"{', '.join(map(repr, choices))}."
-                )
+
+Regularizers: TypeAlias = (
+    AbstractRegularizer
+    | Sequence[AbstractRegularizer | tuple[Any, AbstractRegularizer]]
+    | None
+)
+
+
+class AbstractStepRegularizer(AbstractRegularizer):
+    """A regularizer that measures steps of an adaptive solver."""
 
     @abc.abstractmethod
     def check(self, solver: diffrax.AbstractSolver) -> None:
@@ -62,7 +62,54 @@ class AbstractRegularizer(eqx.Module):
         """Measures one step; differentiable."""
 
 
-_DOC = """
+class AbstractLocalRegularizer(AbstractStepRegularizer):
+    """Measures one step, or a few, after the solve, which stays a closed box.
+
+    Subclasses say which step (`sampling`, `step`), how many (`samples`), and measure
+    them (`measure`). The penalty is the mean measure times the length of the solve.
+    """
+
+    random: ClassVar[bool] = True
+
+    sampling: eqx.AbstractVar[str]
+    step: eqx.AbstractVar[str]
+    samples: eqx.AbstractVar[int]
+
+    def __check_init__(self):
+        _check_choice("sampling", self.sampling, SAMPLINGS)
+        _check_choice("step", self.step, ("taken", "restarted"))
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples}: at least one step is measured.")
+
+
+class AbstractGlobalRegularizer(AbstractStepRegularizer):
+    """Measures every accepted step inside the solve, and is differentiated through it.
+
+    Subclasses measure a step (`measure`) and may say how the measures make the penalty
+    (`add`, `finish`).
+    """
+
+    random: ClassVar[bool] = False
+
+    def add(self, total: Real[Array, ""], measure: Real[Array, ""]):
+        """What the steps so far and one more come to. They start from zero."""
+        return total + measure
+
+    def finish(self, total: Real[Array, ""], num_steps: Int[Array, ""]):
+        """The penalty, from what all accepted steps came to and their number."""
+        del num_steps
+        return total
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"{name}={value!r} is not known; choose one of "
+            f"{', '.join(map(repr, choices))}."
+        )
+
+
+_LOCAL = """
 
     The penalty is $T$ times the measure of one step, where $T = |t_1 - t_0|$ is the
     length of the whole solve (up to the event, if one ended it). The step is drawn
@@ -84,39 +131,81 @@ _DOC = """
         a step size from the controller's own choice of a first step. Such steps are
         often much shorter, with errors smaller by orders of magnitude: the two forms
         want different weights.
+    - `samples`: How many steps are drawn, independently of each other (the same one may
+        be drawn again). The penalty is their mean.
 
     **Raises:**
 
-    - `ValueError` for an unknown `sampling` or `step`.
+    - `ValueError` for an unknown `sampling` or `step`, or without samples.
+"""
+
+_GLOBAL = """
+
+    It has to be differentiated through the whole solve, step by step (discretize, then
+    optimize), which `lrnde.TapeAdjoint`, `diffrax.RecursiveCheckpointAdjoint`,
+    `diffrax.DirectAdjoint` and `diffrax.ForwardMode` do; other adjoints are refused.
+    Times and lengths of the steps count as constants, as they do for diffrax.
 """
 
 
-class LocalError(AbstractRegularizer):
+class LocalError(AbstractLocalRegularizer):
     __doc__ = (
         """Regularizes by the scaled embedded error of one step of the solve.
 
     The measure is $E_j$, the error in units of the tolerance (`lrnde.scaled_error`).
     Under `"unbiased"` the mean of the penalty is $\\sum_j E_j h_j$, the global
-    regularizer of Pal et al. (2021)."""
-        + _DOC
+    regularizer of Pal et al. (2021), `lrnde.GlobalError`."""
+        + _LOCAL
     )
 
     sampling: str = eqx.field(static=True, default="unbiased")
     step: str = eqx.field(static=True, default="taken")
+    samples: int = eqx.field(static=True, default=1)
 
     def check(self, solver):
-        if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
-            raise TypeError(
-                f"{type(self).__name__} needs a solver with an embedded error "
-                f"estimate, which {type(solver).__name__} does not have. Use for "
-                "example `diffrax.Tsit5()`, or wrap yours in `diffrax.HalfSolver`."
-            )
+        _check_error(self, solver)
 
     def measure(self, step):
-        return scaled_error(step.controller, step.y0, step.y1, step.y_error)
+        return _error(step)
 
 
-class LocalStiffness(AbstractRegularizer):
+class GlobalError(AbstractGlobalRegularizer):
+    __doc__ = (
+        """Regularizes by the scaled embedded errors of all steps of the solve.
+
+    $\\sum_j E_j h_j$ over the accepted steps, $E_j$ as in `lrnde.scaled_error` (ERNODE,
+    Pal et al. 2021)."""
+        + _GLOBAL
+        + """
+    **Arguments:**
+
+    - `form`: `"sum"` is the sum above; `"mean"` divides it by the number of accepted
+        steps, as the program of Pal et al. (2021) does; `"squared"` is
+        $\\sum_j E_j^2 h_j$.
+
+    **Raises:**
+
+    - `ValueError` for an unknown `form`.
+"""
+    )
+
+    form: str = eqx.field(static=True, default="sum")
+
+    def __check_init__(self):
+        _check_choice("form", self.form, ("sum", "mean", "squared"))
+
+    def check(self, solver):
+        _check_error(self, solver)
+
+    def measure(self, step):
+        power = 2 if self.form == "squared" else 1
+        return _error(step) ** power * (step.t1 - step.t0)
+
+    def finish(self, total, num_steps):
+        return total / jnp.maximum(num_steps, 1) if self.form == "mean" else total
+
+
+class LocalStiffness(AbstractLocalRegularizer):
     __doc__ = (
         """Regularizes by the stiffness estimate of one step of the solve.
 
@@ -127,34 +216,90 @@ class LocalStiffness(AbstractRegularizer):
     two stages of a tableau have different nodes, the derivative at the last but one is
     evaluated once more at the last node. The solver has to be an explicit Runge-Kutta
     method."""
-        + _DOC
+        + _LOCAL
     )
 
     sampling: str = eqx.field(static=True, default="unbiased")
     step: str = eqx.field(static=True, default="taken")
+    samples: int = eqx.field(static=True, default=1)
 
     def check(self, solver):
-        tableau = getattr(solver, "tableau", None)
-        explicit = isinstance(tableau, diffrax.ButcherTableau) and not tableau.implicit
-        if not explicit:
-            raise TypeError(
-                f"{type(self).__name__} needs an explicit Runge-Kutta solver, such as "
-                f"`diffrax.Tsit5()`; {type(solver).__name__} is not one. "
-                "`LocalError` works with any solver that has an error estimate."
-            )
+        _check_explicit(self, solver)
 
     def measure(self, step):
-        tableau = step.solver.tableau
-        k, g = _last_stages(step, tableau)
-        dk, dg = (jtu.tree_map(lambda a, b: a - b, *pair) for pair in (k, g))
-        norm = step.controller.norm
-        # A stationary state has equal stages: no division by zero, and no NaN behind
-        # it in the gradient.
-        distance = norm(dg)
-        moving = distance > 0
-        h = step.t1 - step.t0
-        slope = norm(dk) / (h * jnp.where(moving, distance, 1))
-        return jnp.where(moving, slope, 0) / stability_interval(type(step.solver))
+        return _stiffness(step)
+
+
+class GlobalStiffness(AbstractGlobalRegularizer):
+    __doc__ = (
+        """Regularizes by the stiffness estimates of all steps of the solve.
+
+    $\\sum_j S_j$ over the accepted steps, $S_j$ as in `lrnde.LocalStiffness` (SRNODE,
+    Pal et al. 2021). The solver has to be an explicit Runge-Kutta method."""
+        + _GLOBAL
+        + """
+    **Arguments:**
+
+    - `form`: `"sum"` is the sum above; `"max"` is the largest of them, as in the
+        program of Pal et al. (2021).
+
+    **Raises:**
+
+    - `ValueError` for an unknown `form`.
+"""
+    )
+
+    form: str = eqx.field(static=True, default="sum")
+
+    def __check_init__(self):
+        _check_choice("form", self.form, ("sum", "max"))
+
+    def check(self, solver):
+        _check_explicit(self, solver)
+
+    def measure(self, step):
+        return _stiffness(step)
+
+    def add(self, total, measure):
+        return jnp.maximum(total, measure) if self.form == "max" else total + measure
+
+
+def _check_error(regularizer, solver) -> None:
+    if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
+        raise TypeError(
+            f"{type(regularizer).__name__} needs a solver with an embedded error "
+            f"estimate, which {type(solver).__name__} does not have. Use for "
+            "example `diffrax.Tsit5()`, or wrap yours in `diffrax.HalfSolver`."
+        )
+
+
+def _error(step: TakenStep) -> Real[Array, ""]:
+    return scaled_error(step.controller, step.y0, step.y1, step.y_error)
+
+
+def _check_explicit(regularizer, solver) -> None:
+    tableau = getattr(solver, "tableau", None)
+    explicit = isinstance(tableau, diffrax.ButcherTableau) and not tableau.implicit
+    if not explicit:
+        raise TypeError(
+            f"{type(regularizer).__name__} needs an explicit Runge-Kutta solver, such "
+            f"as `diffrax.Tsit5()`; {type(solver).__name__} is not one. `LocalError` "
+            "and `GlobalError` work with any solver that has an error estimate."
+        )
+
+
+def _stiffness(step: TakenStep) -> Real[Array, ""]:
+    tableau = step.solver.tableau
+    k, g = _last_stages(step, tableau)
+    dk, dg = (jtu.tree_map(lambda a, b: a - b, *pair) for pair in (k, g))
+    norm = step.controller.norm
+    # A stationary state has equal stages: no division by zero, and no NaN behind it in
+    # the gradient.
+    distance = norm(dg)
+    moving = distance > 0
+    h = step.t1 - step.t0
+    slope = norm(dk) / (h * jnp.where(moving, distance, 1))
+    return jnp.where(moving, slope, 0) / stability_interval(type(step.solver))
 
 
 def _last_stages(step: TakenStep, tableau: diffrax.ButcherTableau):

@@ -1,4 +1,4 @@
-"""A step size controller that watches the steps of a solve and keeps one of them."""
+"""A step size controller that watches the steps of a solve and keeps some of them."""
 
 from typing import NamedTuple
 
@@ -48,7 +48,8 @@ class ControllerState(NamedTuple):
     inner: PyTree
     first_stages: Int[Array, ""]
     evaluate_first_stage: Bool[Array, ""]
-    reservoir: Reservoir | None
+    # `None` for none: an empty tuple has no leaf that diffrax could replace.
+    reservoirs: tuple[Reservoir, ...] | None
 
 
 def scaled_error(
@@ -123,21 +124,22 @@ class StepSampler(diffrax.AbstractAdaptiveStepSizeController):
 
     Counts how often the first stage of a step is evaluated (which a solver with the
     first-same-as-last property skips unless the step before was a jump or there is
-    none), and keeps one accepted step, chosen with probability proportional to its
-    length ("unbiased"), with equal probability ("biased") or in proportion to its
-    scaled error ("error").
+    none), and keeps one accepted step in each of its reservoirs, chosen with
+    probability proportional to its length ("unbiased"), with equal probability
+    ("biased") or in proportion to its scaled error ("error").
 
     **Arguments:**
 
     - `controller`: The step size controller to wrap.
-    - `sampling`: How to weigh the steps; `None` keeps no step.
-    - `uniforms`: Uniform random numbers in [0, 1), one for each replacement.
+    - `samplings`: How to weigh the steps, for each reservoir.
+    - `uniforms`: Uniform random numbers in [0, 1) for each reservoir, one for each
+        replacement.
     - `evaluate_first_stage`: Whether the first step evaluates its first stage.
     """
 
     controller: diffrax.AbstractAdaptiveStepSizeController
-    sampling: str | None = eqx.field(static=True)
-    uniforms: Float[Array, " replacements"] | None
+    samplings: tuple[str, ...] = eqx.field(static=True)
+    uniforms: tuple[Float[Array, " replacements"], ...]
     evaluate_first_stage: Bool[Array, ""]
     wrapped: bool = eqx.field(static=True, default=False)
 
@@ -160,7 +162,7 @@ class StepSampler(diffrax.AbstractAdaptiveStepSizeController):
         if self.wrapped:
             return controller
         return StepSampler(
-            controller, self.sampling, self.uniforms, self.evaluate_first_stage, True
+            controller, self.samplings, self.uniforms, self.evaluate_first_stage, True
         )
 
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
@@ -170,10 +172,10 @@ class StepSampler(diffrax.AbstractAdaptiveStepSizeController):
         return tnext, self.init_state(inner, t0, y0)
 
     def init_state(self, inner: PyTree, t0, y0) -> ControllerState:
-        reservoir = None if self.sampling is None else _init_reservoir(t0, y0)
+        reservoirs = tuple(_init_reservoir(t0, y0) for _ in self.samplings) or None
         first_stages = jnp.zeros((), jnp.int32)
         return ControllerState(
-            inner, first_stages, self.evaluate_first_stage, reservoir
+            inner, first_stages, self.evaluate_first_stage, reservoirs
         )
 
     def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, order, state):
@@ -191,27 +193,29 @@ class StepSampler(diffrax.AbstractAdaptiveStepSizeController):
         keep_step, tprev, tnext, made_jump, inner, result = controller.adapt_step_size(
             t0, t1, ys[0], ys[1], args, ys[2], order, state.inner
         )
-        reservoir = state.reservoir
-        if reservoir is not None:
-            weight = self._weight(t0, t1, error)
-            reservoir = _offer(
-                reservoir, Step(t0, t1, y0), weight, keep_step, self.uniforms
+        step = Step(t0, t1, y0)
+        reservoirs = tuple(
+            _offer(reservoir, step, _weight(sampling, step, error), keep_step, uniforms)
+            for reservoir, sampling, uniforms in zip(
+                state.reservoirs or (), self.samplings, self.uniforms, strict=True
             )
+        )
         evaluated = state.evaluate_first_stage
         new_state = ControllerState(
             inner,
             state.first_stages + evaluated,
             jnp.where(keep_step, made_jump, evaluated),
-            reservoir,
+            reservoirs or None,
         )
         return keep_step, tprev, tnext, made_jump, new_state, result
 
-    def _weight(self, t0, t1, error):
-        if self.sampling == "unbiased":
-            return t1 - t0
-        if self.sampling == "biased":
-            return jnp.ones_like(t0)
-        return error.astype(t0.dtype)
+
+def _weight(sampling: str, step: Step, error):
+    if sampling == "unbiased":
+        return step.t1 - step.t0
+    if sampling == "biased":
+        return jnp.ones_like(step.t0)
+    return error.astype(step.t0.dtype)
 
 
 def _given_the_error(controller, error, ys):
@@ -239,5 +243,5 @@ def _given_the_error(controller, error, ys):
 
 
 def draw_uniforms(key: PRNGKeyArray, dtype) -> Float[Array, " replacements"]:
-    """The random numbers that `StepSampler` needs for one solve."""
+    """The random numbers that one reservoir needs for one solve."""
     return jr.uniform(key, (_MAX_REPLACEMENTS,), dtype)

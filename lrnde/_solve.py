@@ -1,23 +1,26 @@
-"""`lrnde.diffeqsolve`: `diffrax.diffeqsolve` with a local regularizer."""
+"""`lrnde.diffeqsolve`: `diffrax.diffeqsolve` with regularizers."""
 
+from functools import partial
 from typing import Any
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 from diffrax._root_finder import use_stepsize_tol
 from diffrax._term import WrapTerm
-from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Real
 
+from ._accumulation import AccumulatingSolver
 from ._adjoint import CheckpointAdjoint, SteadyStateAdjoint, TapeAdjoint
-from ._brownian import find_path, Increment, RememberingSolver, show
+from ._brownian import find_path, RememberingSolver, show
+from ._integrals import augment, Problem, read_integrals
+from ._local import local_penalty, World
 from ._nfe import count_evaluations, evaluates_first_stage
-from ._regularizers import AbstractRegularizer, TakenStep
-from ._sampling import ControllerState, draw_uniforms, Step, StepSampler
+from ._plan import check_plan, make_plan, Plan
+from ._regularizers import Regularizers
+from ._sampling import draw_uniforms, StepSampler
 
 
 @eqx.filter_jit
@@ -30,13 +33,14 @@ def diffeqsolve(
     y0: PyTree,
     args: PyTree = None,
     *,
-    regularizer: AbstractRegularizer | None = None,
+    regularizer: Regularizers = None,
     key: PRNGKeyArray | None = None,
     saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),  # noqa: B008
     stepsize_controller: diffrax.AbstractStepSizeController = (
         diffrax.ConstantStepSize()  # noqa: B008
     ),
     adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),  # noqa: B008
+    event: diffrax.Event | None = None,
     controller_state: PyTree = None,
     solver_state: PyTree = None,
     made_jump: Any = None,
@@ -51,10 +55,11 @@ def diffeqsolve(
 
     **Arguments:**
 
-    - `regularizer`: What to measure, for example `lrnde.LocalError()`. With `None` the
-        penalty is zero and nothing is computed for it. (Keyword-only argument.)
-    - `key`: A `jax.random.key`, needed with a regularizer: it draws the step that is
-        measured. (Keyword-only argument.)
+    - `regularizer`: What to measure, for example `lrnde.LocalError()`; or a list of
+        such, each alone or in a pair `(weight, regularizer)`. With `None` the penalty
+        is zero and nothing is computed for it. (Keyword-only argument.)
+    - `key`: A `jax.random.key`, needed with a regularizer that draws random numbers,
+        such as the step that is measured. (Keyword-only argument.)
 
     **Returns:**
 
@@ -65,62 +70,82 @@ def diffeqsolve(
         first step included; `None` where it cannot be counted (implicit solvers). For
         a stochastic differential equation it counts the drift, and `"nfe_drift"` and
         `"nfe_diffusion"` stand beside it.
-    - the penalty, a real scalar. Its gradient reaches `terms` and `args` through the
-        one step that is measured; it is zero with respect to `y0`.
+    - the penalty, a real scalar: the weighted sum over regularizers. The gradient of a
+        local one reaches `terms` and `args` through the step that is measured; it is
+        zero with respect to `y0`. That of the others goes through the solve.
 
     **Raises:**
 
-    - `ValueError`: if a regularizer is given with no `key` or with a step size
-        controller that does not adapt; if the controller adapts and the solver
-        estimates no error.
+    - `ValueError`: if there is no key for a regularizer that draws random numbers; if a
+        regularizer measures steps and the step size controller does not adapt them; if
+        the controller adapts and the solver estimates no error; if the adjoint or a
+        `solver_state` does not go with a regularizer.
     - `TypeError`: if `regularizer` is not a regularizer, or does not work with this
-        kind of solver.
+        kind of solver or terms.
     - Whatever `diffrax.diffeqsolve` raises.
     """
-    if regularizer is not None:
-        _check(regularizer, key, solver, stepsize_controller)
+    plan = make_plan(regularizer, key)
+    check_plan(plan, terms, solver, stepsize_controller, adjoint, solver_state)
     adaptive = isinstance(
         stepsize_controller, diffrax.AbstractAdaptiveStepSizeController
     )
     first = evaluates_first_stage(solver, solver_state, made_jump)
     t0, t1, dt0, y0 = _promote(t0, t1, dt0, y0, saveat)
-    if adaptive:
-        sampler = _make_sampler(stepsize_controller, regularizer, key, first, t0.dtype)
-        if controller_state is not None:
-            controller_state = sampler.init_state(controller_state, t0, y0)
-    else:
-        sampler = stepsize_controller
+    for item in plan.steer:
+        t1, saveat = item.regularizer.jitter(item.key, t0, t1, saveat)
+    direction = jnp.where(t0 < t1, 1, -1)
     path = find_path(terms)
-    adjoint = _aware(adjoint, regularizer, path)
-    stepper = solver
+    adjoint = _aware(adjoint, plan, path)
     if path is not None:
         _check_path(solver, solver_state, adjoint)
-        stepper = RememberingSolver(solver, path, sampled=regularizer is not None)
         terms = show(terms, path.draw(path.key, jnp.ones_like(t0)))
+    problem = Problem(terms, y0, saveat, stepsize_controller, event)
+    if plan.integrals:
+        _, regularizers, keys = zip(*plan.integrals, strict=True)
+        problem = augment(problem, regularizers, keys, adjoint)
+    sampler = problem.controller
+    if adaptive:
+        sampler = _make_sampler(sampler, plan, first, t0.dtype)
+        if controller_state is not None:
+            controller_state = sampler.init_state(controller_state, t0, problem.y0)
+    stepper, resumed = solver, solver_state is not None
+    if plan.sums:
+        stepper = _accumulate(solver, problem.controller.wrap(direction), adjoint, plan)
+        if resumed:
+            solver_state = stepper.start(solver_state, t0)
+    if path is not None:
+        stepper = RememberingSolver(stepper, path, len(plan.local))
     sol = diffrax.diffeqsolve(
-        terms,
+        problem.terms,
         stepper,
         t0,
         t1,
         dt0,
-        y0,
+        problem.y0,
         args,
         saveat=eqx.tree_at(
             lambda s: (s.controller_state, s.solver_state),
-            saveat,
-            (True, saveat.solver_state or path is not None),
+            problem.saveat,
+            (True, saveat.solver_state or stepper is not solver),
         ),
         stepsize_controller=sampler,
         adjoint=adjoint,
+        event=problem.event,
         controller_state=controller_state,
         solver_state=solver_state,
         made_jump=made_jump,
         throw=throw,
         **kwargs,
     )
-    state = sol.controller_state
-    first_stages = state.first_stages if adaptive else first.astype(jnp.int32)
-    direction = jnp.where(t0 < t1, 1, -1)
+    integrals = totals = ()
+    if plan.integrals:
+        sol, integrals = read_integrals(sol, adjoint)
+    state, solver_state = sol.controller_state, sol.solver_state
+    if path is not None:
+        solver_state, memory = solver_state
+        sol = _check_memory(sol, memory.overflowed, throw)
+    if plan.sums:
+        solver_state, totals = solver_state
     terms, controller = _as_diffrax_sees_them(terms, stepsize_controller, direction)
     nfe = count_evaluations(
         terms,
@@ -132,40 +157,27 @@ def diffeqsolve(
         y0,
         args,
         sol.stats["num_steps"],
-        first_stages,
-        resumed=solver_state is not None,
+        state.first_stages if adaptive else first.astype(jnp.int32),
+        resumed=resumed,
     )
-    memory = None if path is None else sol.solver_state[1]
+    measured = [x * direction for x in integrals]
+    for item, total in zip(plan.sums, totals, strict=True):
+        accepted = sol.stats["num_accepted_steps"]
+        measured.append(item.regularizer.finish(total, accepted))
+    if plan.local:
+        taker = _prepare_solver(solver, controller, adjoint)
+        world = World(terms, taker, controller, args, path, t1 * direction)
+        noise = [None] * len(plan.local) if path is None else memory.samples
+        measured += map(
+            partial(local_penalty, world), plan.local, state.reservoirs, noise
+        )
     penalty = jnp.zeros((), t0.dtype)
-    if regularizer is not None:
-        stepper = _prepare_solver(stepper, controller, adjoint)
-        problem = (terms, stepper, controller, args)
-        noise = memory and jtu.tree_map(lambda x: x[0], memory.samples)
-        penalty = _penalty(regularizer, problem, state, noise, t0, t1, key)
-    if memory is not None:
-        sol = _check_memory(sol, memory.overflowed, throw)
-    return _finish(sol, saveat, state, adaptive, nfe), penalty
-
-
-def _check(regularizer, key, solver, controller) -> None:
-    if not isinstance(regularizer, AbstractRegularizer):
-        raise TypeError(
-            f"regularizer={regularizer!r} is not a regularizer; pass an instance, for "
-            "example `regularizer=lrnde.LocalError()`."
-        )
-    name = type(regularizer).__name__
-    if not isinstance(controller, diffrax.AbstractAdaptiveStepSizeController):
-        raise ValueError(
-            f"{name} measures the error of adaptive steps, but "
-            f"{type(controller).__name__} does not adapt them. Pass for example "
-            "`stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-6)`."
-        )
-    if key is None:
-        raise ValueError(
-            f"{name} draws a random step. Pass `key=jax.random.key(...)`, a new one "
-            "for every solve."
-        )
-    regularizer.check(solver)
+    for item, x in zip(
+        (*plan.integrals, *plan.sums, *plan.local), measured, strict=True
+    ):
+        penalty = penalty + item.weight * x
+    sol = _finish(sol, saveat, solver_state, adaptive, nfe)
+    return sol, penalty
 
 
 def _promote(t0, t1, dt0, y0, saveat):
@@ -183,16 +195,21 @@ def _promote(t0, t1, dt0, y0, saveat):
     return jnp.asarray(t0, dtype), jnp.asarray(t1, dtype), dt0, y0
 
 
-def _make_sampler(controller, regularizer, key, evaluate_first_stage, dtype):
-    if regularizer is None:
-        return StepSampler(controller, None, None, evaluate_first_stage)
-    uniforms = draw_uniforms(key, dtype)
-    return StepSampler(controller, regularizer.sampling, uniforms, evaluate_first_stage)
+def _make_sampler(controller, plan: Plan, evaluate_first_stage, dtype) -> StepSampler:
+    samplings = tuple(item.regularizer.sampling for item in plan.local)
+    uniforms = tuple(draw_uniforms(item.key, dtype) for item in plan.local)
+    return StepSampler(controller, samplings, uniforms, evaluate_first_stage)
 
 
-def _aware(adjoint, regularizer, path):
+def _accumulate(solver, controller, adjoint, plan: Plan) -> AccumulatingSolver:
+    solver = _prepare_solver(solver, controller, adjoint)
+    regularizers = tuple(item.regularizer for item in plan.sums)
+    return AccumulatingSolver(solver, controller, regularizers)
+
+
+def _aware(adjoint, plan: Plan, path):
     """An adjoint that knows what this package does between steps."""
-    special = regularizer is not None or path is not None
+    special = bool(plan.local) or path is not None
     if special and type(adjoint) is diffrax.RecursiveCheckpointAdjoint:
         return CheckpointAdjoint(adjoint.checkpoints)
     if type(adjoint) is diffrax.ImplicitAdjoint:
@@ -269,81 +286,14 @@ def _prepare_solver(solver, controller, adjoint):
     return solver
 
 
-def _penalty(regularizer, problem, state: ControllerState, noise, t0, t1, key):
-    step = jtu.tree_map(lambda x: x[0], state.reservoir.slots)
-    step, noise = lax.stop_gradient((step, noise))
-    if regularizer.step == "restarted":
-        # As in the solve, time increases: it is negated if t1 lies before t0.
-        t_end = jnp.where(t0 < t1, t1, -t1)
-        step = _restart(problem, step, noise, t_end, regularizer.sampling, key)
-        if noise is not None:
-            # A new step has new noise.
-            path = problem[1].path
-            noise = path.draw(jr.fold_in(key, 2), step.t1 - step.t0)
-    taken = _take(problem, step, noise)
-    # Not |t1 - t0|: an event may have ended the solve before t1.
-    return lax.stop_gradient(state.reservoir.length) * regularizer.measure(taken)
-
-
-def _take(problem, step: Step, noise: Increment | None) -> TakenStep:
-    terms, solver, controller, args = problem
-    if noise is not None:
-        terms, solver = show(terms, noise), solver.solver
-    solver_state = solver.init(terms, step.t0, step.t1, step.y0, args)
-    y1, y_error, dense_info, _, _ = solver.step(
-        terms, step.t0, step.t1, step.y0, args, solver_state, made_jump=False
-    )
-    return TakenStep(terms, solver, controller, args, *step, y1, y_error, dense_info)
-
-
-def _restart(problem, step: Step, noise, t_end, sampling, key) -> Step:
-    """A new step with a step size of its own, from a time inside a step of the solve.
-
-    Nothing here is differentiated: where the new step starts and how long it is are
-    data, as in the solve.
-    """
-    terms, solver, controller, args = jtu.tree_map(
-        lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, problem
-    )
-    if sampling == "unbiased":
-        # The step is drawn in proportion to its length, so a uniform time inside it
-        # is a uniform time of the whole solve.
-        fraction = jr.uniform(jr.fold_in(key, 1), dtype=step.t0.dtype)
-        taken = _take((terms, solver, controller, args), step, noise)
-        t = step.t0 + fraction * (step.t1 - step.t0)
-        interpolation = solver.interpolation_cls(
-            t0=step.t0, t1=step.t1, **taken.dense_info
-        )
-        start = t, interpolation.evaluate(t)
-    else:
-        start = step.t0, step.y0
-    t, y = start
-    tnext, _ = controller.init(
-        _plain(terms), t, t_end, y, None, args, solver.func, solver.error_order(terms)
-    )
-    return lax.stop_gradient(Step(t, jnp.minimum(tnext, t_end), y))
-
-
-def _plain(terms):
-    """An `ODETerm` again: diffrax picks a first step size for no other kind of term."""
-    if isinstance(terms, WrapTerm) and isinstance(terms.term, diffrax.ODETerm):
-        return diffrax.ODETerm(
-            lambda t, y, args: terms.prod(
-                terms.vf(t, y, args), jnp.asarray(terms.direction, t.dtype)
-            )
-        )
-    return terms
-
-
-def _finish(sol, saveat, state, adaptive, nfe) -> diffrax.Solution:
+def _finish(sol, saveat, solver_state, adaptive, nfe) -> diffrax.Solution:
     """Hands back what was asked for, without the sampler's own state."""
-    inner = state.inner if adaptive else state
+    inner = sol.controller_state.inner if adaptive else sol.controller_state
     asked = inner if saveat.controller_state else None
-    solver_state = sol.solver_state if saveat.solver_state else None
-    stats = {**sol.stats, **nfe}
+    solver_state = solver_state if saveat.solver_state else None
     return eqx.tree_at(
         lambda s: (s.controller_state, s.solver_state, s.stats),
         sol,
-        (asked, solver_state, stats),
+        (asked, solver_state, {**sol.stats, **nfe}),
         is_leaf=lambda x: x is None,
     )

@@ -36,8 +36,12 @@ COLORS = {
     "global-stiffness": "#56B4E9",
     "steer": "#E69F00",
     "taylor": "#F0E442",
+    # Beyond the palette: methods that no figure shows without its name.
+    "unbiased-4": "#4D4D9F",
+    "kinetic": "#8C564B",
+    "steer+global-error": "#9E9E9E",
 }
-_MARKERS = dict(zip(COLORS, "osD^vPX*", strict=True))
+_MARKERS = dict(zip(COLORS, "osD^vPX*<>p", strict=True))
 
 # curve: label, factor to the unit of the label, scale of the axis.
 _CURVES = {

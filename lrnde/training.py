@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Real
 from tqdm import tqdm
 
 from ._files import write_atomically
-from ._regularizers import AbstractRegularizer
+from ._regularizers import Regularizers
 
 _MAGIC = b"lrnde checkpoint 1\n"
 
@@ -274,7 +274,7 @@ def make_step(
     objective: Callable[..., Evaluation],
     optimizer: optax.GradientTransformation,
     weight: optax.Schedule,
-    regularizer: AbstractRegularizer | None,
+    regularizer: Regularizers,
 ) -> Callable:
     """The training step, compiled once for each step budget.
 
@@ -349,7 +349,7 @@ def fit(
     steps: int,
     optimizer: optax.GradientTransformation,
     key: PRNGKeyArray,
-    regularizer: AbstractRegularizer | None = None,
+    regularizer: Regularizers = None,
     weight: optax.Schedule = optax.constant_schedule(1.0),  # noqa: B008
     budget: StepBudget | None = None,
     checkpoint: Path | None = None,

@@ -132,9 +132,10 @@ def test_every_step_is_drawn_as_often_as_its_weight_says(sampling):
 def test_a_restarted_step_starts_at_a_uniform_time(float64, getkey):
     """Under "unbiased", Kolmogorov and Smirnov's test against the uniform law."""
 
-    class Start(lrnde.AbstractRegularizer):
+    class Start(lrnde.AbstractLocalRegularizer):
         sampling: str = eqx.field(static=True, default="unbiased")
         step: str = eqx.field(static=True, default="restarted")
+        samples: int = eqx.field(static=True, default=1)
 
         def check(self, solver):
             pass

@@ -53,7 +53,8 @@ def configs(settings: Mapping[str, Any]) -> list[Config]:
     **Arguments:**
 
     - `settings`: `experiment`, one of `EXPERIMENTS`, and the fields of its `Config`,
-        with `methods` and `seeds` (lists) in place of `method` and `seed`.
+        with `methods` and `seeds` (lists) in place of `method` and `seed`. `weights`
+        maps a method to its own `weight`.
 
     **Returns:**
 
@@ -61,7 +62,8 @@ def configs(settings: Mapping[str, Any]) -> list[Config]:
 
     **Raises:**
 
-    - `ValueError` without methods or seeds, for an unknown experiment, and as `Config`.
+    - `ValueError` without methods or seeds, for an unknown experiment, for a weight of
+        a method that is not there, and as `Config`.
     """
     settings = dict(settings)
     for name in ("experiment", "methods", "seeds"):
@@ -74,8 +76,16 @@ def configs(settings: Mapping[str, Any]) -> list[Config]:
         )
     make = EXPERIMENTS[settings["experiment"]]
     methods, seeds = settings.pop("methods"), settings.pop("seeds")
+    weights = settings.pop("weights", {})
+    unknown = set(weights) - set(methods)
+    if unknown:
+        raise ValueError(f"weights of {sorted(unknown)}, which are not in methods.")
+
+    def own(method):
+        return {"weight": weights[method]} if method in weights else {}
+
     return [
-        make(**settings, method=method, seed=seed)
+        make(**{**settings, **own(method), "method": method, "seed": seed})
         for seed in seeds
         for method in methods
     ]

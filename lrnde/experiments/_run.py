@@ -23,7 +23,15 @@ import optax
 from jaxtyping import PyTree
 
 from .. import _explicit, _sri, data, records
-from .._regularizers import AbstractRegularizer, LocalError, LocalStiffness
+from .._integrals import Kinetic, Taylor
+from .._regularizers import (
+    GlobalError,
+    GlobalStiffness,
+    LocalError,
+    LocalStiffness,
+    Regularizers,
+)
+from .._steer import Steer
 from ..timing import interleave
 from ..training import (
     Evaluation,
@@ -35,13 +43,23 @@ from ..training import (
     StepBudget,
 )
 
-REGULARIZERS: dict[str, AbstractRegularizer | None] = {
+REGULARIZERS: dict[str, Regularizers] = {
     "vanilla": None,
     "unbiased": LocalError("unbiased"),
     "biased": LocalError("biased"),
     "error": LocalError("error"),
+    "unbiased-4": LocalError("unbiased", samples=4),
     "stiffness-unbiased": LocalStiffness("unbiased"),
     "stiffness-biased": LocalStiffness("biased"),
+    "global-error": GlobalError(),
+    "global-stiffness": GlobalStiffness(),
+    "steer": Steer(),
+    "taylor": Taylor(),
+    "kinetic": Kinetic(),
+    "steer+global-error": [Steer(), GlobalError()],
+    "steer+global-stiffness": [Steer(), GlobalStiffness()],
+    "global-stiffness+global-error": [GlobalError(), (0.1, GlobalStiffness())],
+    "steer+unbiased": [Steer(), LocalError("unbiased")],
 }
 
 SOLVERS = {
@@ -93,7 +111,7 @@ class Config(abc.ABC):
     - `optimizer`: One of `OPTIMIZERS`.
     - `learning_rate`: A `lrnde.training.schedule`.
     - `weight`: A `lrnde.training.schedule` of the penalty's weight. Without effect for
-        the method "vanilla".
+        the methods "vanilla" and "steer".
     - `precision`: Precision of matrix products, as in `jax.default_matmul_precision`.
     """
 

@@ -10,7 +10,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
-from .._regularizers import AbstractRegularizer
+from .._regularizers import Regularizers
 from ._layers import Linear
 from ._node import make_prediction, NeuralODE, Prediction
 
@@ -266,7 +266,7 @@ class ConvODEClassifier(eqx.Module):
         self,
         x: Float[Array, "batch pixels"],
         *,
-        regularizer: AbstractRegularizer | None = None,
+        regularizer: Regularizers = None,
         key: PRNGKeyArray | None = None,
         max_steps: int = 4096,
     ) -> Prediction:

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
 
 from .._adjoint import TapeAdjoint
-from .._regularizers import AbstractRegularizer
+from .._regularizers import Regularizers
 from ._layers import glorot_uniform, Linear, MLP
 from ._node import NeuralODE
 
@@ -233,7 +233,7 @@ class LatentODE(eqx.Module):
         mask: Bool[Array, "batch times channels"],
         *,
         key: PRNGKeyArray | None = None,
-        regularizer: AbstractRegularizer | None = None,
+        regularizer: Regularizers = None,
         max_steps: int = 4096,
     ) -> Reconstruction:
         """Reconstructs a batch of series.

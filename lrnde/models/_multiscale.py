@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
-from .._regularizers import AbstractRegularizer
+from .._regularizers import Regularizers
 from ._convolutional import BatchNorm, Conv
 from ._layers import Linear
 from ._node import make_prediction, NeuralODE, Prediction
@@ -237,7 +237,7 @@ class MultiScaleODEClassifier(eqx.Module):
         self,
         x: Float[Array, "batch pixels"],
         *,
-        regularizer: AbstractRegularizer | None = None,
+        regularizer: Regularizers = None,
         key: PRNGKeyArray | None = None,
         max_steps: int = 4096,
     ) -> Prediction:

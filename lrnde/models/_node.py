@@ -9,7 +9,7 @@ import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Real
 
 from .._adjoint import TapeAdjoint
-from .._regularizers import AbstractRegularizer
+from .._regularizers import Regularizers
 from .._solve import diffeqsolve
 from ._layers import Linear, TimeMLP
 
@@ -57,7 +57,7 @@ class NeuralODE(eqx.Module):
         *,
         t0: Any = 0.0,
         t1: Any = 1.0,
-        regularizer: AbstractRegularizer | None = None,
+        regularizer: Regularizers = None,
         key: PRNGKeyArray | None = None,
         max_steps: int = 4096,
         saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),  # noqa: B008
@@ -118,7 +118,7 @@ class NeuralODEClassifier(eqx.Module):
         self,
         x: Float[Array, "batch size"],
         *,
-        regularizer: AbstractRegularizer | None = None,
+        regularizer: Regularizers = None,
         key: PRNGKeyArray | None = None,
         max_steps: int = 4096,
     ) -> Prediction:

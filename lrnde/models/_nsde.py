@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
 
 from .._adjoint import TapeAdjoint
 from .._brownian import BrownianPath
-from .._regularizers import AbstractRegularizer
+from .._regularizers import Regularizers
 from .._solve import diffeqsolve
 from ._layers import Linear, MLP
 from ._node import make_prediction, Prediction
@@ -55,7 +55,7 @@ class NeuralSDE(eqx.Module):
         y0: Float[Array, "batch size"],
         *,
         key: PRNGKeyArray,
-        regularizer: AbstractRegularizer | None = None,
+        regularizer: Regularizers = None,
         max_steps: int = 4096,
         saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),  # noqa: B008
         step_ts: Float[Array, " times"] | None = None,
@@ -130,7 +130,7 @@ class NeuralSDEClassifier(eqx.Module):
         x: Float[Array, "batch inputs"],
         *,
         key: PRNGKeyArray,
-        regularizer: AbstractRegularizer | None = None,
+        regularizer: Regularizers = None,
         max_steps: int = 4096,
         trajectories: int = 1,
     ) -> Prediction:
@@ -211,7 +211,7 @@ class SpiralSDE(eqx.Module):
         times: Float[Array, " times"],
         *,
         key: PRNGKeyArray,
-        regularizer: AbstractRegularizer | None = None,
+        regularizer: Regularizers = None,
         max_steps: int = 4096,
         trajectories: int = 100,
     ) -> Paths:

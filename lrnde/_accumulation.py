@@ -1,0 +1,58 @@
+"""A solver that adds up what its steps measure."""
+
+import diffrax
+import jax.numpy as jnp
+
+from ._regularizers import AbstractGlobalRegularizer, TakenStep
+from ._wrapped import AbstractTransparentSolver
+
+
+class AccumulatingSolver(AbstractTransparentSolver):
+    """Measures each step as it is taken.
+
+    The solver's state is a pair of the stepper's state and, for each regularizer, what
+    the accepted steps so far have come to. diffrax puts a solver's state back when a
+    step is rejected, so rejected steps do not count.
+
+    **Arguments:**
+
+    - `stepper`: The solver to wrap.
+    - `controller`: The step size controller, whose tolerances and norm the measures
+        are in.
+    - `regularizers`: What to measure.
+    """
+
+    stepper: diffrax.AbstractSolver
+    controller: diffrax.AbstractStepSizeController
+    regularizers: tuple[AbstractGlobalRegularizer, ...]
+
+    def start(self, solver_state, t0):
+        """The state to start with, given the stepper's."""
+        zero = jnp.zeros((), jnp.result_type(t0))
+        return solver_state, tuple(zero for _ in self.regularizers)
+
+    def init(self, terms, t0, t1, y0, args):
+        return self.start(self.stepper.init(terms, t0, t1, y0, args), t0)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        inner, totals = solver_state
+        y1, y_error, dense_info, inner, result = self.stepper.step(
+            terms, t0, t1, y0, args, inner, made_jump
+        )
+        step = TakenStep(
+            terms,
+            self.stepper,
+            self.controller,
+            args,
+            t0,
+            t1,
+            y0,
+            y1,
+            y_error,
+            dense_info,
+        )
+        totals = tuple(
+            regularizer.add(total, regularizer.measure(step)).astype(total.dtype)
+            for regularizer, total in zip(self.regularizers, totals, strict=True)
+        )
+        return y1, y_error, dense_info, (inner, totals), result

@@ -1,0 +1,531 @@
+"""Global, Taylor, kinetic and STEER regularizers, each against something else."""
+
+from itertools import product
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import lineax
+import numpy as np
+import pytest
+from problems import CONTROLLER, forced, matrix, problem, SPLIT, TERM, Y0
+from test_regularizers import errors_and_lengths, saved_steps, type_name
+
+import lrnde
+
+named = pytest.mark.parametrize
+STEP_BY_STEP = [
+    diffrax.RecursiveCheckpointAdjoint(),
+    diffrax.DirectAdjoint(),
+    lrnde.TapeAdjoint(),
+]
+
+
+def penalty_of(a, regularizer, solver=None, key=None, **kwargs):
+    arguments = problem(solver or lrnde.Tsit5(), a=a)
+    kwargs = {"stepsize_controller": CONTROLLER, "max_steps": 128, **kwargs}
+    return lrnde.diffeqsolve(*arguments, regularizer=regularizer, key=key, **kwargs)[1]
+
+
+def close(x, y, rtol=1e-6):
+    np.testing.assert_allclose(x, y, rtol=rtol)
+
+
+# Global regularizers
+
+
+SOLVERS = [lrnde.Tsit5(), diffrax.HalfSolver(diffrax.Midpoint()), diffrax.Kvaerno5()]
+
+
+@named(
+    ("solver", "adjoint"),
+    [
+        *((SOLVERS[0], adjoint) for adjoint in STEP_BY_STEP),
+        *product(SOLVERS[1:], STEP_BY_STEP[:1]),
+    ],
+    ids=type_name,
+)
+def test_global_error_is_the_sum_over_saved_steps(solver, adjoint, float64):
+    errors, lengths = errors_and_lengths(solver)
+    expected = {
+        "sum": np.sum(errors * lengths),
+        "mean": np.mean(errors * lengths),
+        "squared": np.sum(errors**2 * lengths),
+    }
+    for form, value in expected.items():
+        found = penalty_of(None, lrnde.GlobalError(form), solver, adjoint=adjoint)
+        close(found, value)
+
+
+def stiffness_of_step(a, t0, t1, y0):
+    """The last two stages of Tsit5, written out with the tableau alone."""
+    tableau, h, ks, gs = diffrax.Tsit5.tableau, t1 - t0, [], []
+    for c, row in zip([0, *tableau.c], [[], *tableau.a_lower], strict=True):
+        g = y0 + h * sum(x * k for x, k in zip(row, ks, strict=True))
+        ks.append(forced(t0 + c * h, g, a))
+        gs.append(g)
+    dk, dg = ks[-1] - ks[-2], gs[-1] - gs[-2]
+    ratio = jnp.linalg.norm(dk) / jnp.linalg.norm(dg)
+    return ratio / lrnde.stability_interval(diffrax.Tsit5)
+
+
+def test_global_stiffness_is_the_sum_over_saved_steps(float64):
+    steps = zip(*saved_steps(lrnde.Tsit5(), matrix(), Y0), strict=True)
+    values = np.array([stiffness_of_step(matrix(), *step) for step in steps])
+    close(penalty_of(None, lrnde.GlobalStiffness()), values.sum(), 1e-5)
+    close(penalty_of(None, lrnde.GlobalStiffness("max")), values.max(), 1e-5)
+
+
+@named(
+    "regularizer",
+    [lrnde.GlobalError("squared"), lrnde.GlobalStiffness()],
+    ids=type_name,
+)
+def test_global_gradients_go_through_the_whole_solve(regularizer, float64, getkey):
+    """Finite differences of a solve whose steps are held at fixed lengths."""
+    ts, ends, _ = saved_steps(lrnde.Tsit5(), matrix(), Y0)
+    fixed = diffrax.StepTo(jnp.append(ts, ends[-1]))
+
+    class Adaptive(diffrax.AbstractAdaptiveStepSizeController):
+        """Steps where it is told, with tolerances for the measure."""
+
+        rtol: float = CONTROLLER.rtol
+        atol: float = CONTROLLER.atol
+        norm: object = eqx.field(static=True, default=CONTROLLER.norm)
+        steps: diffrax.StepTo = fixed
+
+        def wrap(self, direction):
+            return self
+
+        def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+            return self.steps.init(terms, t0, t1, y0, dt0, args, func, error_order)
+
+        def adapt_step_size(self, t0, t1, y0, y1, args, y_error, order, state):
+            return self.steps.adapt_step_size(
+                t0, t1, y0, y1, args, y_error, order, state
+            )
+
+    def held(a):
+        return penalty_of(a, regularizer, stepsize_controller=Adaptive())
+
+    value, gradient = jax.value_and_grad(held)(matrix())
+    for adjoint in STEP_BY_STEP:
+        free = jax.value_and_grad(penalty_of)(matrix(), regularizer, adjoint=adjoint)
+        close(free[0], value)
+        np.testing.assert_allclose(free[1], gradient, atol=1e-7 * abs(gradient).max())
+    forward = jax.jacfwd(penalty_of)(
+        matrix(), regularizer, adjoint=diffrax.ForwardMode()
+    )
+    np.testing.assert_allclose(forward, gradient, atol=1e-7 * abs(gradient).max())
+    held = jax.jit(held)
+    for direction in jr.normal(getkey(), (2, 3, 3)):
+        eps = 1e-5
+        difference = held(matrix() + eps * direction) - held(matrix() - eps * direction)
+        exact = jnp.vdot(gradient, direction)
+        assert abs(difference / (2 * eps) - exact) < 1e-5 * jnp.linalg.norm(gradient)
+
+
+def test_global_error_is_the_mean_of_unbiased_local_errors(float64, getkey):
+    """With many samples in one solve, each a step of that very solve."""
+    regularizer = lrnde.LocalError("unbiased", samples=16)
+    local = jax.vmap(lambda key: penalty_of(None, regularizer, key=key))
+    found = local(jr.split(getkey(), 400))
+    exact = penalty_of(None, lrnde.GlobalError())
+    assert abs(found.mean() - exact) < 3 * found.std(ddof=1) / 20
+    one = jax.vmap(lambda key: penalty_of(None, lrnde.LocalError(), key=key))
+    # 16 samples have a quarter of the deviation of one.
+    ratio = one(jr.split(getkey(), 400)).std(ddof=1) / found.std(ddof=1)
+    assert 3.2 < ratio < 4.8
+
+
+def noisy(path):
+    return diffrax.MultiTerm(
+        diffrax.ODETerm(lambda t, y, args: -y),
+        diffrax.ControlTerm(
+            lambda t, y, args: lineax.DiagonalLinearOperator(0.3 * jnp.cos(y)), path
+        ),
+    )
+
+
+def noisy_solve(solve, path, **kwargs):
+    return solve(
+        noisy(path),
+        lrnde.SOSRI(),
+        0.0,
+        1.0,
+        0.05,
+        jnp.ones(3),
+        stepsize_controller=diffrax.PIDController(rtol=1e-2, atol=1e-2),
+        max_steps=256,
+        **kwargs,
+    )
+
+
+def test_global_error_of_a_stochastic_equation(float64):
+    """The sum over saved steps, each taken again with its noise from the tree."""
+    tree = diffrax.VirtualBrownianTree(
+        0.0, 1.0, 1e-6, (3,), jr.key(1), diffrax.SpaceTimeLevyArea
+    )
+    terms, solver = noisy(tree), lrnde.SOSRI()
+    sol = noisy_solve(
+        diffrax.diffeqsolve, tree, saveat=diffrax.SaveAt(t0=True, steps=True)
+    )
+    n = int(sol.stats["num_accepted_steps"])
+    controller = diffrax.PIDController(rtol=1e-2, atol=1e-2)
+
+    def term_of_sum(t0, t1, y0):
+        state = solver.init(terms, t0, t1, y0, None)
+        y1, error, *_ = solver.step(terms, t0, t1, y0, None, state, False)
+        return lrnde.scaled_error(controller, y0, y1, error) * (t1 - t0)
+
+    expected = jax.vmap(term_of_sum)(sol.ts[:n], sol.ts[1 : n + 1], sol.ys[:n])
+    _, found = noisy_solve(lrnde.diffeqsolve, tree, regularizer=lrnde.GlobalError())
+    assert n > 3
+    close(found, expected.sum())
+
+
+def test_global_error_on_a_path_drawn_as_the_solve_goes(float64, getkey):
+    """Its mean over samples of the same solve: path, global and local go together."""
+    path = lrnde.BrownianPath((3,), jr.key(1))
+    _, exact = noisy_solve(lrnde.diffeqsolve, path, regularizer=lrnde.GlobalError())
+
+    def local(key):
+        regularizer = [lrnde.LocalError(samples=8), (0.0, lrnde.GlobalError())]
+        return noisy_solve(lrnde.diffeqsolve, path, regularizer=regularizer, key=key)[1]
+
+    found = jax.vmap(local)(jr.split(getkey(), 200))
+    assert abs(found.mean() - exact) < 3 * found.std(ddof=1) / 200**0.5
+
+
+@named(
+    "adjoint", [diffrax.BacksolveAdjoint(), diffrax.ImplicitAdjoint()], ids=type_name
+)
+@named("regularizer", [lrnde.GlobalError(), lrnde.GlobalStiffness()], ids=type_name)
+def test_adjoints_that_see_no_steps_are_refused(regularizer, adjoint):
+    with pytest.raises(ValueError, match="differentiated through every step"):
+        penalty_of(None, regularizer, adjoint=adjoint)
+
+
+def test_global_regularizers_go_on_from_an_earlier_solve():
+    """The sums of two halves are those of the whole, the solver's state handed on."""
+    kwargs = dict(
+        regularizer=lrnde.GlobalError(),
+        stepsize_controller=diffrax.StepTo(jnp.linspace(0.0, 2.0, 21)),
+    )
+    with pytest.raises(ValueError, match="does not adapt"):
+        lrnde.diffeqsolve(*problem(lrnde.Tsit5()), **kwargs)
+    sol, first = lrnde.diffeqsolve(
+        *problem(lrnde.Tsit5(), t1=1.0),
+        regularizer=lrnde.GlobalError(),
+        stepsize_controller=CONTROLLER,
+        saveat=diffrax.SaveAt(t1=True, solver_state=True, controller_state=True),
+    )
+    plain = lrnde.diffeqsolve(
+        *problem(lrnde.Tsit5(), t1=1.0),
+        stepsize_controller=CONTROLLER,
+        saveat=diffrax.SaveAt(t1=True, solver_state=True, controller_state=True),
+    )[0]
+    assert eqx.tree_equal(sol.solver_state, plain.solver_state)
+    assert eqx.tree_equal(sol.controller_state, plain.controller_state)
+    term, solver, _, _, dt0, _, a = problem(lrnde.Tsit5())
+    _, second = lrnde.diffeqsolve(
+        term,
+        solver,
+        1.0,
+        2.0,
+        0.05,
+        sol.ys[-1],
+        a,
+        regularizer=lrnde.GlobalError(),
+        stepsize_controller=CONTROLLER,
+        solver_state=sol.solver_state,
+    )
+    assert first > 0 and second > 0
+
+
+# Taylor and kinetic regularizers
+
+
+def nested_derivative(field, order):
+    """d^K y / dt^K by `jax.jvp` of `jax.jvp` of ..., with t' = 1 and y' = f."""
+
+    def total(g):
+        def derivative(t, y):
+            return jax.jvp(g, (t, y), (jnp.ones_like(t), field(t, y)))[1]
+
+        return derivative
+
+    g = field
+    for _ in range(order - 1):
+        g = total(g)
+    return g
+
+
+@named("order", [1, 2, 3, 4])
+def test_the_total_derivative_is_that_of_nested_jvps(order, float64, getkey):
+    """A field with a custom derivative inside, `jax.nn.softplus`, among others."""
+
+    def field(t, y):
+        return jnp.tanh(matrix() @ y) * jax.nn.softplus(y) + jnp.cos(3 * t) * y
+
+    t, y = jnp.array(0.3), jr.normal(getkey(), (3,))
+    found = lrnde.total_derivative(field, t, y, order)
+    close(found, nested_derivative(field, order)(t, y), 1e-9)
+
+
+def test_the_total_derivative_of_a_known_solution(float64):
+    """y = sin(w t) with its derivative: the K-th derivative is known."""
+
+    def field(t, y):
+        return {"y": y["v"], "v": -4 * y["y"]}
+
+    t = jnp.array(0.7)
+    y = {"y": jnp.sin(2 * t), "v": 2 * jnp.cos(2 * t)}
+    found = lrnde.total_derivative(field, t, y, 3)
+    close(found["y"], -8 * jnp.cos(2 * t), 1e-12)
+    close(found["v"], 16 * jnp.sin(2 * t), 1e-12)
+
+
+def test_taylor_mode_names_what_it_does_not_know():
+    def field(t, y, args):
+        return jax.lax.fori_loop(0, 2, lambda i, x: x * 1.1, y)
+
+    with pytest.raises(NotImplementedError, match="Taylor mode does not know"):
+        lrnde.diffeqsolve(
+            diffrax.ODETerm(field),
+            lrnde.Tsit5(),
+            0.0,
+            1.0,
+            0.1,
+            Y0,
+            regularizer=lrnde.Taylor(2),
+        )
+
+
+def along_the_solution(a, integrand, points=4001):
+    """The integral of a function of (t, y) along a tight solve, by Simpson's rule."""
+    ts = jnp.linspace(0.0, 2.0, points)
+    sol = diffrax.diffeqsolve(
+        *problem(diffrax.Dopri8(), a=a),
+        stepsize_controller=diffrax.PIDController(rtol=1e-10, atol=1e-10),
+        saveat=diffrax.SaveAt(ts=ts),
+    )
+    values = jax.vmap(integrand)(ts, sol.ys)
+    weights = jnp.ones(points).at[1:-1:2].set(4).at[2:-1:2].set(2)
+    return jnp.sum(weights * values) * (ts[1] - ts[0]) / 3
+
+
+@named("order", [1, 2, 3])
+def test_the_taylor_penalty_is_the_integral_along_the_solution(order, float64):
+    derivative = nested_derivative(lambda t, y: forced(t, y, matrix()), order)
+    expected = along_the_solution(
+        matrix(), lambda t, y: jnp.mean(derivative(t, y) ** 2)
+    )
+    close(penalty_of(None, lrnde.Taylor(order)), expected, 1e-4)
+
+
+@named("jacobian", [0.0, 2.0])
+def test_the_kinetic_penalty_is_the_integral_along_the_solution(
+    jacobian, float64, getkey
+):
+    """Its mean over keys; the Jacobian's part with the exact Frobenius norm."""
+
+    def integrand(t, y):
+        f = forced(t, y, matrix())
+        j = jax.jacfwd(lambda y: forced(t, y, matrix()))(y)
+        return jnp.mean(f**2) + jacobian * jnp.sum(j**2) / 3
+
+    expected = along_the_solution(matrix(), integrand)
+    regularizer = lrnde.Kinetic(jacobian=jacobian)
+    penalty = jax.vmap(lambda key: penalty_of(None, regularizer, key=key))
+    found = np.asarray(penalty(jr.split(getkey(), 200)))
+    standard_error = found.std(ddof=1) / 200**0.5
+    assert (standard_error > 0) == (jacobian > 0)
+    assert abs(found.mean() - expected) < 3 * standard_error + 1e-4 * expected
+
+
+INTEGRALS = [lrnde.Taylor(2), lrnde.Kinetic()]
+
+
+@named("regularizer", INTEGRALS, ids=type_name)
+def test_integrals_leave_the_solve_alone(regularizer, float64, getkey):
+    """Solution, steps and what is handed back are those of a solve without them."""
+    condition = diffrax.Event(lambda t, y, args, **kwargs: y[0] < 0.5)
+    subs = [diffrax.SubSaveAt(ts=jnp.linspace(0, 1, 5)), diffrax.SubSaveAt(steps=True)]
+    for arguments in (
+        dict(saveat=diffrax.SaveAt(t0=True, steps=True)),
+        dict(saveat=diffrax.SaveAt(t1=True, fn=lambda t, y, args: y[:1])),
+        dict(saveat=diffrax.SaveAt(subs=subs)),
+        dict(saveat=diffrax.SaveAt(dense=True)),
+        dict(event=condition),
+        dict(saveat=diffrax.SaveAt(t1=True, solver_state=True, controller_state=True)),
+    ):
+        kwargs = dict(stepsize_controller=CONTROLLER, max_steps=128, **arguments)
+        plain, _ = lrnde.diffeqsolve(*problem(lrnde.Tsit5()), **kwargs)
+        sol, penalty = lrnde.diffeqsolve(
+            *problem(lrnde.Tsit5()), regularizer=regularizer, key=getkey(), **kwargs
+        )
+        assert penalty > 0
+        assert jtu.tree_structure(sol) == jtu.tree_structure(plain)
+        for x, y in zip(jtu.tree_leaves(sol), jtu.tree_leaves(plain), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-12)
+
+
+@named("regularizer", INTEGRALS, ids=type_name)
+def test_integrals_agree_under_every_adjoint(regularizer, float64, getkey):
+    key = getkey()
+    tight = diffrax.PIDController(rtol=1e-8, atol=1e-8)
+
+    def gradient(adjoint):
+        return jax.grad(penalty_of)(
+            matrix(),
+            regularizer,
+            key=key,
+            adjoint=adjoint,
+            stepsize_controller=tight,
+        )
+
+    first, *others = map(gradient, STEP_BY_STEP)
+    for other in others:
+        np.testing.assert_allclose(other, first, atol=1e-8 * abs(first).max())
+    backsolve = gradient(diffrax.BacksolveAdjoint())
+    np.testing.assert_allclose(backsolve, first, atol=1e-4 * abs(first).max())
+
+
+@named("regularizer", [*INTEGRALS, lrnde.GlobalError()], ids=type_name)
+def test_the_direction_of_time_does_not_matter(regularizer, float64, getkey):
+    """The same equation with time reversed has the same penalty."""
+    key, (_, solver, t0, t1, dt0, y0, a) = getkey(), problem(lrnde.Tsit5())
+    back = diffrax.ODETerm(lambda t, y, a: -forced(-t, y, a))
+    kwargs = dict(regularizer=regularizer, key=key, stepsize_controller=CONTROLLER)
+    _, forward = lrnde.diffeqsolve(TERM, solver, t0, t1, dt0, y0, a, **kwargs)
+    _, backward = lrnde.diffeqsolve(back, solver, -t0, -t1, dt0, y0, a, **kwargs)
+    close(backward, forward, 1e-9)
+
+
+@named("regularizer", INTEGRALS, ids=type_name)
+def test_integrals_refuse_what_they_cannot_do(regularizer, getkey):
+    kwargs = dict(key=getkey(), regularizer=regularizer)
+    arguments = (0.0, 1.0, 0.1, Y0, matrix())
+    with pytest.raises(TypeError, match="one `diffrax.ODETerm`"):
+        lrnde.diffeqsolve(SPLIT, diffrax.KenCarp3(), *arguments, **kwargs)
+    with pytest.raises(ValueError, match="cannot go on"):
+        state = forced(0.0, Y0, matrix())
+        lrnde.diffeqsolve(TERM, lrnde.Tsit5(), *arguments, solver_state=state, **kwargs)
+    with pytest.raises(ValueError, match="ImplicitAdjoint"):
+        adjoint = diffrax.ImplicitAdjoint()
+        lrnde.diffeqsolve(TERM, lrnde.Tsit5(), *arguments, adjoint=adjoint, **kwargs)
+
+
+# STEER
+
+
+def end_of(key, t0=0.0, t1=1.0, width=0.5, ts=None):
+    saveat = diffrax.SaveAt(ts=ts) if ts is not None else diffrax.SaveAt(t1=True)
+    sol, penalty = lrnde.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: jnp.ones_like(y)),
+        lrnde.Tsit5(),
+        t0,
+        t1,
+        None,
+        jnp.array(0.0),
+        regularizer=lrnde.Steer(width),
+        key=key,
+        saveat=saveat,
+        stepsize_controller=CONTROLLER,
+        max_steps=64,
+    )
+    # y = t - t0: the solution has to be the one at the new time.
+    return sol.ts, sol.ys, penalty
+
+
+@named("ends", [(0.0, 1.0), (2.0, -1.0)])
+def test_steer_ends_at_a_uniform_time(ends, float64, getkey):
+    """Kolmogorov and Smirnov's test against U(t1 - b, t1 + b)."""
+    keys = jr.split(getkey(), 1000)
+    ts, ys, penalty = jax.vmap(lambda key: end_of(key, *ends))(keys)
+    np.testing.assert_allclose(ys, ts - ends[0], rtol=1e-9)
+    assert jnp.all(penalty == 0)
+    uniform = np.sort(ts[:, 0] - ends[1] + 0.5)
+    grid = (np.arange(1000) + 0.5) / 1000
+    assert np.abs(uniform - grid).max() < 1.95 / 1000**0.5
+
+
+@named("direction", [1, -1])
+def test_steer_moves_save_times_within_their_cells(direction, float64, getkey):
+    """The first stays at `t0`; others are uniform up to the middle to a neighbour."""
+    ts = jnp.array([0.0, 0.2, 0.3, 1.0]) * direction
+    keys = jr.split(getkey(), 1000)
+    moved, ys, _ = jax.vmap(lambda key: end_of(key, t1=ts[-1], width=0.3, ts=ts))(keys)
+    np.testing.assert_allclose(ys, moved, rtol=1e-9, atol=1e-12)
+    assert jnp.all(moved[:, 0] == 0)
+    cells = [(0.1, 0.25), (0.25, 0.6), (0.7, 1.3)]  # 0.35 is more than the width
+    for times, (low, high) in zip(moved.T[1:] * direction, cells, strict=True):
+        uniform = np.sort((times - low) / (high - low))
+        grid = (np.arange(1000) + 0.5) / 1000
+        assert np.abs(uniform - grid).max() < 1.95 / 1000**0.5
+
+
+def test_steer_refuses_to_end_before_the_start(getkey):
+    with pytest.raises(ValueError, match="not positive"):
+        lrnde.Steer(0.0)
+    with pytest.raises(RuntimeError, match="must be below"):
+        end_of(getkey(), width=1.0)
+
+
+# Several at once
+
+
+def test_penalties_add_up_with_their_weights(float64, getkey):
+    several = [
+        lrnde.GlobalError(),
+        (0.5, lrnde.GlobalStiffness("max")),
+        (0.1, lrnde.Taylor(2)),
+        (2.0, lrnde.Kinetic(jacobian=0.0)),
+    ]
+    regularizers = [several[0], *(x for _, x in several[1:])]
+    alone = [penalty_of(None, x, key=getkey()) for x in regularizers]
+    together = penalty_of(None, several, key=getkey())
+    close(together, alone[0] + 0.5 * alone[1] + 0.1 * alone[2] + 2 * alone[3], 1e-9)
+
+
+def test_local_regularizers_draw_steps_of_their_own(float64, getkey):
+    """Two of the same kind in one solve are independent of each other."""
+    pair = [lrnde.LocalError("biased"), (1000.0, lrnde.LocalError("biased"))]
+    errors, _ = errors_and_lengths(lrnde.Tsit5())
+    penalty = jax.vmap(lambda key: penalty_of(None, pair, key=key))
+    found = np.asarray(penalty(jr.split(getkey(), 500))) / 2
+    second = np.abs(found[:, None] / 1000 - errors).argmin(axis=1)
+    first = found - 1000 * errors[second]
+    first = np.abs(first[:, None] - errors).argmin(axis=1)
+    assert abs(np.corrcoef(first, second)[0, 1]) < 4 / 500**0.5
+    assert 0.5 < first.mean() / second.mean() < 2
+
+
+@named("regularizer", [3, [lrnde.LocalError], (1.0, lrnde.LocalError())])
+def test_what_is_not_a_regularizer_is_named(regularizer, getkey):
+    with pytest.raises(TypeError, match="regularizer"):
+        penalty_of(None, regularizer, key=getkey())
+
+
+@named(
+    "make",
+    [
+        lambda: lrnde.GlobalError("median"),
+        lambda: lrnde.GlobalStiffness("mean"),
+        lambda: lrnde.LocalError(samples=0),
+        lambda: lrnde.Taylor(0),
+    ],
+)
+def test_unknown_choices_are_refused(make):
+    with pytest.raises(ValueError):
+        make()
+
+
+@named("regularizer", [lrnde.Steer(), lrnde.Kinetic(), lrnde.LocalError()])
+def test_a_key_is_asked_for_where_numbers_are_drawn(regularizer):
+    with pytest.raises(ValueError, match="Pass `key="):
+        penalty_of(None, regularizer)
