@@ -2,6 +2,7 @@
 
 import diffrax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
 from ._regularizers import AbstractGlobalRegularizer, TakenStep
 from ._wrapped import AbstractTransparentSolver
@@ -39,20 +40,19 @@ class AccumulatingSolver(AbstractTransparentSolver):
         y1, y_error, dense_info, inner, result = self.stepper.step(
             terms, t0, t1, y0, args, inner, made_jump
         )
+        # A step that did not work out, and so will be rejected, has an infinite error.
+        # What it measures is thrown away, but its derivative, infinity times zero,
+        # would not be.
+        outcome = jtu.tree_map(_finite, (y1, y_error, dense_info))
         step = TakenStep(
-            terms,
-            self.stepper,
-            self.controller,
-            args,
-            t0,
-            t1,
-            y0,
-            y1,
-            y_error,
-            dense_info,
+            terms, self.stepper, self.controller, args, t0, t1, y0, *outcome
         )
         totals = tuple(
             regularizer.add(total, regularizer.measure(step)).astype(total.dtype)
             for regularizer, total in zip(self.regularizers, totals, strict=True)
         )
         return y1, y_error, dense_info, (inner, totals), result
+
+
+def _finite(x):
+    return jnp.where(jnp.isfinite(x), x, 0)

@@ -531,3 +531,29 @@ def test_unknown_choices_are_refused(make):
 def test_a_key_is_asked_for_where_numbers_are_drawn(regularizer):
     with pytest.raises(ValueError, match="Pass `key="):
         penalty_of(None, regularizer)
+
+
+def test_a_step_that_did_not_work_out_leaves_no_trace():
+    """Not in the gradient either: where the root finder fails, the error is infinite."""
+
+    def penalty(scale, adjoint):
+        sol, penalty = lrnde.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: -scale * y**5),
+            diffrax.Kvaerno3(),
+            0.0,
+            1.0,
+            1.0,
+            jnp.array(30.0),
+            regularizer=lrnde.GlobalError(),
+            stepsize_controller=diffrax.PIDController(rtol=1e-2, atol=1e-2),
+            adjoint=adjoint,
+            max_steps=256,
+        )
+        return penalty, sol.stats["num_rejected_steps"]
+
+    adjoint = diffrax.RecursiveCheckpointAdjoint()
+    gradient, rejected = jax.grad(penalty, has_aux=True)(1.3, adjoint)
+    assert rejected > 0
+    forward, _ = jax.jacfwd(penalty, has_aux=True)(1.3, diffrax.ForwardMode())
+    assert jnp.isfinite(forward)
+    close(gradient, forward, 1e-3)

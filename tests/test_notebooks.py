@@ -6,6 +6,7 @@ object; the tests judge these and not the exit status.
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import nbformat
 import papermill
 import pytest
 import yaml
+from conftest import LAZY
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -113,6 +115,34 @@ def check_cifar10_multiscale(results):
     assert all(nfe >= 10 for nfe in results["nfe"].values())
 
 
+def check_comparison(results):
+    assert results["losses_finite"] is True
+    assert all(results["dropin"]["LocalError"][way] for way in WAYS_FOR_LOCAL)
+    assert not results["dropin"]["GlobalError"]["continuous adjoint"]
+    assert not results["dropin"]["Taylor"]["loop in the field"]
+    assert all(results["dropin"]["Steer"].values())
+    step = results["train_step"]
+    assert step["vanilla"] < step["taylor"]
+    # Four samples have half the deviation of one.
+    assert 1.4 < results["noise_ratio"] < 2.8
+    assert all(len(points) for points in results["sweep"].values())
+
+
+WAYS_FOR_LOCAL = ("explicit", "implicit", "SDE", "continuous adjoint")
+
+
+def check_choosing_the_weight(results):
+    moved = results["moved"]
+    heaviest, none = max(moved, key=float), min(moved, key=float)
+    assert moved[heaviest] < moved[none]
+    assert results["nfe"][heaviest] <= results["nfe"][none]
+    assert all(0 <= error < 1 for error in results["largest_error"].values())
+    spiral, field = results["spiral_nfe"], results["field_error"]
+    heaviest, none = max(spiral, key=float), min(spiral, key=float)
+    assert spiral[heaviest] < spiral[none]
+    assert field[heaviest] > field[none]
+
+
 CHECKS = {
     "first_look": check_first_look,
     "adaptive_solvers": check_adaptive_solvers,
@@ -126,6 +156,8 @@ CHECKS = {
     "physionet": check_physionet,
     "cifar10": check_cifar10,
     "cifar10_multiscale": check_cifar10_multiscale,
+    "comparison": check_comparison,
+    "choosing_the_weight": check_choosing_the_weight,
 }
 
 
@@ -190,6 +222,7 @@ def test_settings_name_parameters(path):
 @pytest.mark.parametrize("chapter", CHECKS)
 def test_results(chapter, tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND")  # figures go where they go in the book
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace(LAZY, ""))
     before = records()
     run(chapter, tmp_path / "executed.ipynb", tmp_path / "results.json")
     CHECKS[chapter](json.loads((tmp_path / "results.json").read_text()))

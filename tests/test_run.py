@@ -70,9 +70,12 @@ def test_an_unknown_experiment_lists_what_there_is(tiny):
         run.main(["mnist-nope", "--tier", "tiny"])
 
 
-@pytest.mark.parametrize("tier", ["cpu", "paper"])
-def test_the_committed_records_are_those_of_the_settings(tier):
+@pytest.mark.parametrize(
+    ("chapter", "tier"),
+    [("mnist-node", "cpu"), ("mnist-node", "paper"), ("comparison", "cpu")],
+)
+def test_the_committed_records_are_those_of_the_settings(chapter, tier):
     """No record of the book belongs to other settings than those in the repository."""
-    for config in run.settings("mnist-node", tier):
+    for config in run.settings(chapter, tier):
         record = records.load(run.record_of(config))
         assert record["config_hash"] == records.config_hash(vars(config))
