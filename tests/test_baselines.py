@@ -534,7 +534,7 @@ def test_a_key_is_asked_for_where_numbers_are_drawn(regularizer):
 
 
 def test_a_step_that_did_not_work_out_leaves_no_trace():
-    """Not in the gradient either: where the root finder fails, the error is infinite."""
+    """Not in the gradient either; where the root finder fails, E is infinite."""
 
     def penalty(scale, adjoint):
         sol, penalty = lrnde.diffeqsolve(
