@@ -505,7 +505,9 @@ def _legend(figure: "matplotlib.figure.Figure", panels: Sequence) -> None:
     names = _ordered(list(entries))
     if names:
         handles = [entries[name] for name in names]
-        figure.legend(handles, names, loc="outside upper center", ncols=len(names))
+        figure.legend(
+            handles, names, loc="outside upper center", ncols=min(len(names), 6)
+        )
 
 
 def pareto(records: Sequence[dict]) -> "matplotlib.figure.Figure":
