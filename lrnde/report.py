@@ -505,9 +505,9 @@ def _legend(figure: "matplotlib.figure.Figure", panels: Sequence) -> None:
     names = _ordered(list(entries))
     if names:
         handles = [entries[name] for name in names]
-        figure.legend(
-            handles, names, loc="outside upper center", ncols=min(len(names), 6)
-        )
+        columns = max(3, int(figure.get_figwidth() / 1.3))
+        columns = min(columns, len(names))
+        figure.legend(handles, names, loc="outside upper center", ncols=columns)
 
 
 def pareto(records: Sequence[dict]) -> "matplotlib.figure.Figure":
