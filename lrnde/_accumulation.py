@@ -27,13 +27,14 @@ class AccumulatingSolver(AbstractTransparentSolver):
     controller: diffrax.AbstractStepSizeController
     regularizers: tuple[AbstractGlobalRegularizer, ...]
 
-    def start(self, solver_state, t0):
+    def start(self, solver_state, t0, y0):
         """The state to start with, given the stepper's."""
-        zero = jnp.zeros((), jnp.result_type(t0))
+        dtypes = [jnp.finfo(y.dtype).dtype for y in jtu.tree_leaves(y0)]
+        zero = jnp.zeros((), jnp.result_type(t0, *dtypes))
         return solver_state, tuple(zero for _ in self.regularizers)
 
     def init(self, terms, t0, t1, y0, args):
-        return self.start(self.stepper.init(terms, t0, t1, y0, args), t0)
+        return self.start(self.stepper.init(terms, t0, t1, y0, args), t0, y0)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         inner, totals = solver_state

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+from diffrax._term import WrapTerm
+from jax import lax
 from jax.experimental.jet import jet
 from jax.extend.core import Jaxpr, Literal
 from jaxtyping import Array, PRNGKeyArray, PyTree, Real
@@ -49,7 +51,8 @@ class Taylor(AbstractIntegralRegularizer):
     is found in Taylor mode (`jax.experimental.jet`) at every stage of every step.
 
     Custom derivatives inside the vector field are set aside in Taylor mode, which does
-    not know them; loops and other operations that it does not know are refused.
+    not know them; loops and other operations that it does not know are refused. Powers
+    of negative numbers need an exponent written as a whole number.
 
     **Arguments:**
 
@@ -97,8 +100,9 @@ class Kinetic(AbstractIntegralRegularizer):
 
     def draw(self, key, y0):
         leaves, tree = jtu.tree_flatten(y0)
+        # Integers, which no adjoint takes for parameters.
         signs = [
-            jr.rademacher(k, y.shape, y.dtype)
+            jr.rademacher(k, y.shape)
             for k, y in zip(jr.split(key, len(leaves)), leaves, strict=True)
         ]
         return jtu.tree_unflatten(tree, signs)
@@ -107,12 +111,14 @@ class Kinetic(AbstractIntegralRegularizer):
         if self.jacobian == 0:
             return self.energy * _mean_square(field(t, y))
         f, vjp = jax.vjp(lambda y: field(t, y), y)
-        return self.energy * _mean_square(f) + self.jacobian * _mean_square(vjp(drawn))
+        signs = jtu.tree_map(lambda sign, y: sign.astype(y.dtype), drawn, f)
+        return self.energy * _mean_square(f) + self.jacobian * _mean_square(vjp(signs))
 
 
 def _mean_square(tree: PyTree[Array]) -> Real[Array, ""]:
     leaves = jtu.tree_leaves(tree)
-    return sum(jnp.sum(x**2) for x in leaves) / sum(x.size for x in leaves)
+    total = sum(jnp.sum(jnp.real(x * jnp.conj(x))) for x in leaves)
+    return total / sum(x.size for x in leaves)
 
 
 def total_derivative(
@@ -193,11 +199,21 @@ def _run(jaxpr: Jaxpr, consts, args):
                 getattr(called, "consts", []),
             )
             outputs = _run(inner, consts, inputs)
+        elif _is_whole_power(eqn):
+            # Taylor mode takes a power for the exponential of a logarithm, which is
+            # wrong for what is negative.
+            outputs = [lax.integer_pow(inputs[0], int(inputs[1]))]
         else:
             outputs = eqn.primitive.bind(*inputs, **eqn.params)
             outputs = outputs if eqn.primitive.multiple_results else [outputs]
         values |= dict(zip(eqn.outvars, outputs, strict=True))
     return [read(x) for x in jaxpr.outvars]
+
+
+def _is_whole_power(eqn) -> bool:
+    if eqn.primitive.name != "pow" or not isinstance(eqn.invars[1], Literal):
+        return False
+    return float(eqn.invars[1].val).is_integer()
 
 
 class Augmented(NamedTuple):
@@ -265,7 +281,7 @@ def augment(
     terms, y0, saveat, controller, event = problem
     drawn = tuple(x.draw(key, y0) for x, key in zip(regularizers, keys, strict=True))
     field = AugmentedField(terms, regularizers, drawn)
-    dtype = jnp.result_type(*jtu.tree_leaves(y0))
+    dtype = jnp.finfo(jnp.result_type(*jtu.tree_leaves(y0))).dtype
     zeros = tuple(jnp.zeros((), dtype) for _ in regularizers)
     if not isinstance(adjoint, diffrax.BacksolveAdjoint):
         saveat = _save_integrals(saveat)
@@ -317,7 +333,9 @@ def _blind(event: diffrax.Event, terms) -> diffrax.Event:
 
     def see_the_state(cond_fn):
         def seeing(t, y, args, **kwargs):
-            return cond_fn(t, y.state, args, **{**kwargs, "terms": terms})
+            direction = kwargs["terms"].direction
+            kwargs = {**kwargs, "terms": WrapTerm(terms, direction)}
+            return cond_fn(t, y.state, args, **kwargs)
 
         return seeing
 
@@ -327,9 +345,6 @@ def _blind(event: diffrax.Event, terms) -> diffrax.Event:
 
 def _blinded(controller):
     """A controller whose norm sees the state alone."""
-    if isinstance(controller, diffrax.ClipStepSizeController):
-        inner = _blinded(controller.controller)
-        return eqx.tree_at(lambda c: c.controller, controller, inner)
     if not isinstance(controller, diffrax.AbstractAdaptiveStepSizeController):
         return controller
     norm = controller.norm

@@ -17,6 +17,13 @@ from ._regularizers import (
 )
 from ._steer import Steer
 
+_KINDS = (
+    AbstractLocalRegularizer,
+    AbstractGlobalRegularizer,
+    AbstractIntegralRegularizer,
+    Steer,
+)
+
 # Those that differentiate every step, and with it what was measured there.
 _STEP_BY_STEP = (
     TapeAdjoint,
@@ -81,11 +88,13 @@ def _pairs(regularizer: Regularizers) -> list[tuple[Any, AbstractRegularizer]]:
     given = regularizer if isinstance(regularizer, list | tuple) else [regularizer]
     pairs = [x if isinstance(x, tuple) and len(x) == 2 else (1, x) for x in given]
     for _, x in pairs:
-        if not isinstance(x, AbstractRegularizer):
+        if not isinstance(x, _KINDS):
             raise TypeError(
                 f"regularizer={x!r} is not a regularizer; pass an instance, for example"
                 " `regularizer=lrnde.LocalError()`, or a list of instances and of pairs"
-                " `(weight, instance)`."
+                " `(weight, instance)`. One of your own derives from "
+                "`lrnde.AbstractLocalRegularizer`, `lrnde.AbstractGlobalRegularizer` or"
+                " `lrnde.AbstractIntegralRegularizer`."
             )
     return pairs
 

@@ -10,6 +10,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Int, PyTree, Real
 
 from ._sampling import SAMPLINGS, scaled_error
@@ -45,7 +46,8 @@ class AbstractRegularizer(eqx.Module):
 
 Regularizers: TypeAlias = (
     AbstractRegularizer
-    | Sequence[AbstractRegularizer | tuple[Any, AbstractRegularizer]]
+    | list[AbstractRegularizer | tuple[Any, AbstractRegularizer]]
+    | tuple[AbstractRegularizer | tuple[Any, AbstractRegularizer], ...]
     | None
 )
 
@@ -199,7 +201,7 @@ class GlobalError(AbstractGlobalRegularizer):
 
     def measure(self, step):
         power = 2 if self.form == "squared" else 1
-        return _error(step) ** power * (step.t1 - step.t0)
+        return _error(step) ** power * lax.stop_gradient(step.t1 - step.t0)
 
     def finish(self, total, num_steps):
         return total / jnp.maximum(num_steps, 1) if self.form == "mean" else total

@@ -112,7 +112,7 @@ def diffeqsolve(
     if plan.sums:
         stepper = _accumulate(solver, problem.controller.wrap(direction), adjoint, plan)
         if resumed:
-            solver_state = stepper.start(solver_state, t0)
+            solver_state = stepper.start(solver_state, t0, problem.y0)
     if path is not None:
         stepper = RememberingSolver(stepper, path, len(plan.local))
     sol = diffrax.diffeqsolve(

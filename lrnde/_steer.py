@@ -22,7 +22,8 @@ class Steer(AbstractRegularizer):
     $[t_1 - b, t_1 + b]$. With it, each time is drawn uniformly from around its place,
     up to $b$ away but not beyond the middle between it and its neighbours, so their
     order stays; times at `t0` stay, and `t1` moves with the last time if it is the
-    same.
+    same. What the solve takes from outside, such as a Brownian tree, has to reach as
+    far as the moved times.
 
     **Arguments:**
 
@@ -72,22 +73,28 @@ class Steer(AbstractRegularizer):
             )
             shift = jr.uniform(key, (), t1.dtype, -self.width, self.width)
             return (end + shift) * direction, saveat
-        moved, ends = [], []
-        for sub, sub_key in zip(subs, jr.split(key, len(subs)), strict=True):
+        moved, ends, tied = [], [], []
+        for sub in subs:
             if sub.ts is not None:
                 ts = sub.ts.astype(t1.dtype) * direction
-                new = ts + self._shifts(sub_key, ts, start)
-                ends.append(jnp.where(ts[-1] == end, new[-1], end))
+                # One key: who saves at the same times saves at the same moved times.
+                new = ts + self._shifts(key, ts, start, end)
+                ends.append(new[-1])
+                tied.append(ts[-1] == end)
                 sub = eqx.tree_at(lambda s: s.ts, sub, new * direction)
             moved.append(sub)
-        last = jnp.max(jnp.stack(ends)) * direction
+        last = jnp.max(jnp.stack(ends))
+        end = jnp.where(jnp.any(jnp.stack(tied)), last, end)
         subs = jtu.tree_unflatten(tree, moved)
-        return last, eqx.tree_at(lambda s: s.subs, saveat, subs)
+        return end * direction, eqx.tree_at(lambda s: s.subs, saveat, subs)
 
-    def _shifts(self, key, ts, start):
-        # The last time has as much room after it as before it.
+    def _shifts(self, key, ts, start, end):
+        # The last time has as much room after it as before it, but not beyond the end
+        # of the solve, unless it is the end.
         before = jnp.concatenate([start[None], ts[:-1]])
-        after = jnp.concatenate([ts[1:], 2 * ts[-1:] - before[-1:]])
+        room = ts[-1:] - before[-1:]
+        room = jnp.where(ts[-1] == end, room, jnp.minimum(room, 2 * (end - ts[-1])))
+        after = jnp.concatenate([ts[1:], ts[-1:] + room])
         left = jnp.minimum((ts - before) / 2, self.width)
         right = jnp.minimum((after - ts) / 2, self.width)
         uniform = jr.uniform(key, ts.shape, ts.dtype)
