@@ -366,7 +366,7 @@ def test_integrals_leave_the_solve_alone(float64, getkey):
             np.testing.assert_allclose(x, y, rtol=1e-12)
 
 
-def test_integrals_agree_under_every_adjoint(float64, getkey):
+def test_integrals_agree_under_different_adjoints(float64, getkey):
     key = getkey()
     tight = diffrax.PIDController(rtol=1e-8, atol=1e-8)
 
