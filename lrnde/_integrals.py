@@ -12,7 +12,6 @@ import jax.random as jr
 import jax.tree_util as jtu
 from diffrax._term import WrapTerm
 from jax import lax
-from jax.experimental.jet import jet
 from jax.extend.core import Jaxpr, Literal
 from jaxtyping import Array, PRNGKeyArray, PyTree, Real
 
@@ -143,6 +142,9 @@ def total_derivative(
 
     - `NotImplementedError`, as `Taylor`.
     """
+    # It is experimental, so only those who ask for it depend on it.
+    from jax.experimental.jet import jet
+
     leaves, tree = jtu.tree_flatten(y)
 
     def flat(t, *leaves):
