@@ -146,7 +146,7 @@ _GLOBAL = """
     It has to be differentiated through the whole solve, step by step (discretize, then
     optimize), which `lrnde.TapeAdjoint`, `diffrax.RecursiveCheckpointAdjoint`,
     `diffrax.DirectAdjoint` and `diffrax.ForwardMode` do; other adjoints are refused.
-    Times and lengths of the steps count as constants, as they do for diffrax.
+    The lengths of the steps count as constants.
 """
 
 
