@@ -65,6 +65,16 @@ def test_what_does_not_exist_is_an_error(tiny, wrong, capsys):
     assert "no run of this tier" in capsys.readouterr().err
 
 
+def test_a_method_may_have_a_weight_of_its_own(tiny):
+    own = "weights: {biased: {kind: constant, value: 7.0}}\n"
+    tiny.write_text(SETTINGS + own)
+    weights = {c.method: c.weight["value"] for c in run.settings("mnist-node", "tiny")}
+    assert weights == {"vanilla": 1.0, "biased": 7.0}
+    tiny.write_text(SETTINGS + own.replace("biased", "unbiased"))
+    with pytest.raises(ValueError, match="unbiased"):
+        run.settings("mnist-node", "tiny")
+
+
 def test_an_unknown_experiment_lists_what_there_is(tiny):
     with pytest.raises(FileNotFoundError, match="tiny/mnist_node.yaml"):
         run.main(["mnist-nope", "--tier", "tiny"])
