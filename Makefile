@@ -12,10 +12,10 @@ INSTALL := .venv/bin/python -m pip install --quiet
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint lab data bench clean
+.PHONY: help book test lint check-results lab data bench clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 book: $(STAMP) ## Run the chapters and build the book: _build/html/index.html
 	.venv/bin/python book/build.py
@@ -26,6 +26,9 @@ test: $(STAMP) ## Run the tests, every chapter at its smoke setting included
 lint: $(STAMP) ## Check style and formatting, notebooks included
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+check-results: $(STAMP) ## Look for records that cannot be trusted
+	.venv/bin/python -m lrnde.records check book/results
 
 lab: $(STAMP) ## Open the chapters in JupyterLab
 	.venv/bin/jupyter lab notebooks

@@ -171,16 +171,18 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def provenance(precision: str) -> dict:
+def provenance(precision: str, devices: int = 1) -> dict:
     """Says where the numbers of a run that starts now will come from.
 
     **Arguments:**
 
     - `precision`: The precision of the run's arithmetic, such as `"highest"`.
+    - `devices`: How many devices it uses.
 
     **Returns:**
 
-    A dictionary: `device` (the model of the CPU or GPU), `platform`, `precision`,
+    A dictionary: `device` (the model of the CPU or GPU, with their number if there are
+    several), `platform`, `precision`,
     `versions`, `git_commit` and `git_clean` of the checkout that the package lives in
     (`None` outside one; records under `book/results` do not count as changes), and
     `started`, the time in UTC.
@@ -188,8 +190,9 @@ def provenance(precision: str) -> dict:
     device = jax.devices()[0]
     commit, clean = _git_state()
     now = datetime.datetime.now(datetime.UTC)
+    model = _cpu_name() if device.platform == "cpu" else device.device_kind
     return {
-        "device": _cpu_name() if device.platform == "cpu" else device.device_kind,
+        "device": model if devices == 1 else f"{devices} x {model}",
         "platform": device.platform,
         "precision": precision,
         "versions": {"python": platform.python_version()}

@@ -1,38 +1,89 @@
-"""Runs experiments and keeps their records: `python -m lrnde.run --help`."""
+"""Runs experiments and keeps their records: `python -m lrnde.run --help`.
+
+Without names it runs every experiment of the tier that has a parameters file, in the
+order of `lrnde.experiments.EXPERIMENTS`. A run that has its record is not run again;
+one that was stopped or killed goes on from its checkpoint. Start the command several
+times to share a machine or a GPU: each process takes runs that no other one has.
+"""
 
 import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 
 import yaml
+from filelock import FileLock, Timeout
 
 from . import experiments, records
 from .experiments import Config
+from .training import steps_done
 
 ROOT = Path(__file__).parents[1]
 PARAMS = ROOT / "notebooks" / "params"
 RESULTS = ROOT / "book" / "results"
 RUNS = ROOT / "runs"
 
+STOPPED = 75  # EX_TEMPFAIL: call again
 
-def settings(experiment: str, tier: str) -> list[Config]:
-    """The runs of an experiment at a tier, as its chapter's parameters file has them.
+
+# What there is to run
+
+
+def chapters(tier: str) -> list[str]:
+    """The names that have settings at a tier, in the order in which they are run."""
+    names = {path.stem.replace("_", "-") for path in PARAMS.glob(f"{tier}/*.yaml")}
+    first = [name for name in experiments.EXPERIMENTS if name in names]
+    return first + sorted(names - set(first))
+
+
+def settings(chapter: str, tier: str) -> list[Config]:
+    """The runs of a chapter at a tier, as its parameters file has them.
 
     **Raises:**
 
-    - `FileNotFoundError`, naming the experiments and tiers that there are.
+    - `FileNotFoundError`, naming the chapters and tiers that there are.
     """
-    path = PARAMS / tier / f"{experiment.replace('-', '_')}.yaml"
+    path = PARAMS / tier / f"{chapter.replace('-', '_')}.yaml"
     if not path.exists():
         known = sorted(p.relative_to(PARAMS).as_posix() for p in PARAMS.glob("*/*"))
         raise FileNotFoundError(f"no {path}; there are: {', '.join(known)}")
     return experiments.configs(
-        {"experiment": experiment, **yaml.safe_load(path.read_text())}
+        {"experiment": chapter.replace("_", "-"), **yaml.safe_load(path.read_text())}
     )
+
+
+def plan(names: Iterable[str], tier: str) -> list[Config]:
+    """The runs of several chapters; one that two of them share is there once.
+
+    **Raises:**
+
+    - `ValueError` if two chapters mean different runs by one name.
+    """
+    runs: dict[Path, Config] = {}
+    for config in (c for name in names for c in settings(name, tier)):
+        if runs.setdefault(record_of(config), config) != config:
+            raise ValueError(
+                f"{title(config)}: two parameters files of tier {tier} give it "
+                "different settings."
+            )
+    return list(runs.values())
+
+
+def _by_experiment(configs: Iterable[Config]) -> dict[str, list[Config]]:
+    groups: dict[str, list[Config]] = {}
+    for config in configs:
+        groups.setdefault(config.experiment, []).append(config)
+    return groups
+
+
+def title(config: Config) -> str:
+    """Names a run in full."""
+    return f"{config.experiment}/{config.tier}/{config.name}"
 
 
 def checkpoint_of(config: Config) -> Path:
@@ -45,8 +96,114 @@ def record_of(config: Config) -> Path:
     return records.path_of(vars(config), RESULTS)
 
 
-def run(configs: Sequence[Config], deadline: float) -> bool:
-    """Runs what has no record yet; `False` if the time was up before the end.
+def missing(configs: Iterable[Config]) -> list[Config]:
+    """Those that have no record."""
+    return [config for config in configs if not record_of(config).exists()]
+
+
+# Several processes
+
+
+def lock_of(config: Config) -> Path:
+    """The file that the process which is at a run holds locked."""
+    return checkpoint_of(config).with_suffix(".lock")
+
+
+@contextmanager
+def _claim(path: Path) -> Iterator[bool]:
+    """Gives whether this process got the lock. One that is killed loses its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        # Not at once: `in_progress` of another process may have it for a moment.
+        lock.acquire(timeout=1)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def in_progress() -> list[str]:
+    """The runs that other processes are at."""
+    busy = []
+    for path in sorted(RUNS.glob("*/*/*.lock")):
+        with _claim(path) as free:
+            if not free:
+                busy.append(path.relative_to(RUNS).with_suffix("").as_posix())
+    return busy
+
+
+# How long it will take
+
+
+def _seconds_of_a_run(config: Config, device: str) -> float | None:
+    """What such runs took on this device: of the same method, or else of any."""
+    there = records.load_all(RESULTS, config.experiment, config.tier)
+    took = [
+        (r["method"], r["times"]["train_seconds"] + r["times"]["compile_seconds"])
+        for r in there
+        if r["provenance"]["device"] == device
+    ]
+    same = [seconds for method, seconds in took if method == config.method]
+    anyone = [seconds for _, seconds in took]
+    return mean(same or anyone) if took else None
+
+
+def seconds_left(configs: Iterable[Config], device: str) -> tuple[float, int]:
+    """Estimates the time that runs still take, one after another.
+
+    **Arguments:**
+
+    - `configs`: The runs.
+    - `device`: Only records made on this device count.
+
+    **Returns:**
+
+    The seconds, from what records of the same experiment and tier took and from how far
+    the checkpoints are; and the number of runs for which there is no such record.
+    """
+    total, unknown = 0.0, 0
+    for config in configs:
+        seconds = _seconds_of_a_run(config, device)
+        if seconds is None:
+            unknown += 1
+        else:
+            total += seconds * (1 - steps_done(checkpoint_of(config)) / config.steps)
+    return total, unknown
+
+
+def _outlook(configs: Iterable[Config]) -> str:
+    left = missing(configs)
+    if not left:
+        return "none left"
+    seconds, unknown = seconds_left(left, records.provenance("")["device"])
+    # Processes that share the work finish it so much sooner; this one is the first.
+    workers = 1 + len(in_progress())
+    hours, minutes = divmod(round(seconds / workers / 60), 60)
+    about = f"about {hours} h {minutes} min" if seconds else "time unknown"
+    more = f" and {unknown} of unknown length" if unknown and seconds else ""
+    return f"{len(left)} left, {about}{more}"
+
+
+# Running
+
+
+def run(configs: Sequence[Config], deadline: float = math.inf, **options) -> int:
+    """Runs what has no record yet and no other process is at.
+
+    **Arguments:**
+
+    - `configs`: The runs, in their order.
+    - `deadline`: Stop cleanly at this `time.monotonic()`.
+    - `options`: Passed on to `lrnde.experiments.run`.
+
+    **Returns:**
+
+    An exit code: 0 if there is nothing left to do here, `STOPPED` if the time was up or
+    Ctrl-C was pressed, 1 if a run failed. The others are still run.
 
     **Raises:**
 
@@ -54,105 +211,166 @@ def run(configs: Sequence[Config], deadline: float) -> bool:
     """
     for config in configs:
         records.guard({**vars(config), "config": asdict(config)}, RESULTS)
+    code = 0
+    for config in configs:
         if record_of(config).exists():
-            print(f"{config.name}: has its record, {record_of(config)}")
             continue
-        started = time.monotonic()
-        finished = experiments.run(
-            config,
-            checkpoint=checkpoint_of(config),
-            deadline=deadline,
-            progress=sys.stderr.isatty(),
-        )
-        if finished is None:
-            print(f"{config.name}: stopped; the next run goes on from its checkpoint")
-            return False
-        path = records.save(finished.record, RESULTS)
-        metrics = finished.record["metrics"]
-        figures = [
-            f"{name.replace('_', ' ')} {metrics[name]:.4g}"
-            for name in ("test_accuracy", "test_loss", "test_nfe")
-            if name in metrics
-        ]
-        seconds = time.monotonic() - started
-        print(
-            f"{config.name}: {seconds:.0f} s, {', '.join(figures)}, record {path}",
-            flush=True,
-        )
-    return True
+        if time.monotonic() > deadline:
+            return STOPPED
+        with _claim(lock_of(config)) as mine:
+            if not mine:
+                print(f"{title(config)}: another process is at it", flush=True)
+                continue
+            if record_of(config).exists():  # written since
+                continue
+            try:
+                line = _run_one(config, deadline, options)
+            except RuntimeError as error:
+                # One that diverges or is out of memory shall not hold up the others.
+                print(f"{title(config)}: failed: {error}", flush=True)
+                code = 1
+                continue
+        if line is None:
+            done = steps_done(checkpoint_of(config))
+            print(f"{title(config)}: stopped at step {done}; call again to go on")
+            return STOPPED
+        print(f"{title(config)}: {line}; {_outlook(configs)}", flush=True)
+    return code
+
+
+def _run_one(config: Config, deadline: float, options: dict) -> str | None:
+    """Runs and records; what came out in a line, or `None` if it was stopped."""
+    started = time.monotonic()
+    finished = experiments.run(
+        config,
+        checkpoint=checkpoint_of(config),
+        deadline=deadline,
+        progress=sys.stderr.isatty(),
+        **options,
+    )
+    if finished is None:
+        return None
+    records.save(finished.record, RESULTS)
+    metrics = finished.record["metrics"]
+    figures = [
+        f"{name.replace('_', ' ')} {metrics[name]:.4g}"
+        for name in ("test_accuracy", "test_mse", "test_loss", "test_nfe")
+        if name in metrics
+    ]
+    return f"{time.monotonic() - started:.0f} s, {', '.join(figures)}"
 
 
 def measure(configs: Sequence[Config]) -> None:
-    """Times all finished runs side by side and puts that into their records.
+    """Times all finished runs, those of an experiment side by side, for their records.
 
     **Raises:**
 
+    - `RuntimeError` if runs are in progress, which would take their share of the time.
     - `ValueError` if a run was made on another device.
     - `FileNotFoundError` if the trained model of a run is not at hand.
     """
+    if busy := in_progress():
+        raise RuntimeError(
+            f"{', '.join(busy)} in progress: a busy machine gives no times. Measure "
+            "when nothing runs."
+        )
     done = [config for config in configs if record_of(config).exists()]
     here = records.provenance("")["device"]
     for config in done:
         record = records.load(record_of(config))
         _check_measurable(config, record["provenance"]["device"], here)
-    times = experiments.measure(done, checkpoint_of) if done else {}
-    for config in done:
+    for group in _by_experiment(done).values():
+        _measure_side_by_side(group)
+
+
+def _measure_side_by_side(configs: list[Config]) -> None:
+    times = experiments.measure(configs, checkpoint_of)
+    for config in configs:
         record = records.load(record_of(config))
         del record["checksum"]
         record["times"].update(times[config.name]._asdict())
         records.save(record, RESULTS)
         predict, step = (1e3 * seconds for seconds in times[config.name])
-        print(f"{config.name}: predict {predict:.2f} ms, training step {step:.2f} ms")
+        print(f"{title(config)}: predict {predict:.2f} ms, training step {step:.2f} ms")
 
 
 def _check_measurable(config: Config, device: str, here: str) -> None:
     if device != here:
         raise ValueError(
-            f"{config.name} ran on {device}, this is {here}: measure it there, or its "
-            "record would mix two machines."
+            f"{title(config)} ran on {device}, this is {here}: measure it there, or "
+            "its record would mix two machines."
         )
     if not checkpoint_of(config).exists():
         raise FileNotFoundError(
-            f"{config.name} has a record, but no trained model in "
+            f"{title(config)} has a record, but no trained model in "
             f"{checkpoint_of(config)}: copy that file here, or run it again."
         )
 
 
+# The command line
+
+
+def _state(config: Config) -> str:
+    if record_of(config).exists():
+        return "done"
+    done = steps_done(checkpoint_of(config))
+    return f"missing, at step {done} of {config.steps}" if done else "missing"
+
+
+def show(configs: Sequence[Config], all_of_them: bool) -> None:
+    """Lists the experiments with what is missing, or with all of their runs."""
+    for experiment, runs in _by_experiment(configs).items():
+        left = missing(runs)
+        print(f"{experiment}: {len(runs) - len(left)} of {len(runs)} runs have records")
+        for config in runs if all_of_them else left:
+            print(f"  {config.name}: {_state(config)}")
+    print(_outlook(configs))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m lrnde.run", description=__doc__)
-    parser.add_argument("experiment", help="for example mnist-node")
+    parser = argparse.ArgumentParser(
+        prog="python -m lrnde.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", help="for example mnist-node; none: all")
     parser.add_argument("--tier", required=True, help="cpu or paper")
     parser.add_argument("--method", nargs="+", help="only these methods")
     parser.add_argument("--seed", nargs="+", type=int, help="only these seeds")
-    parser.add_argument("--max-minutes", type=float, default=math.inf)
+    parser.add_argument(
+        "--max-minutes", type=float, default=math.inf, help="stop cleanly after that"
+    )
+    parser.add_argument(
+        "--shard", action="store_true", help="divide every batch over all devices"
+    )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--list", action="store_true", help="list runs and records")
+    what.add_argument("--list", action="store_true", help="list all runs")
+    what.add_argument("--missing", action="store_true", help="list runs without record")
     what.add_argument(
         "--measure",
         action="store_true",
         help="time finished runs side by side; run nothing else meanwhile",
     )
     options = parser.parse_args(arguments)
-    experiment = options.experiment.replace("_", "-")
+    deadline = time.monotonic() + 60 * options.max_minutes
+    if not chapters(options.tier):
+        parser.error(f"no tier {options.tier!r}; see notebooks/params")
     configs = [
         config
-        for config in settings(experiment, options.tier)
+        for config in plan(options.names or chapters(options.tier), options.tier)
         if config.method in (options.method or [config.method])
         and config.seed in (options.seed or [config.seed])
     ]
     if not configs:
         parser.error("no run of this tier has that method and seed; see --list")
-    if options.list:
-        for config in configs:
-            state = "done" if record_of(config).exists() else "missing"
-            print(f"{config.name}: {state}")
+    if options.list or options.missing:
+        show(configs, all_of_them=options.list)
         return 0
     if options.measure:
         measure(configs)
         return 0
-    deadline = time.monotonic() + 60 * options.max_minutes
-    return 0 if run(configs, deadline) else 75  # EX_TEMPFAIL: call again
+    return run(configs, deadline, shard=options.shard)
 
 
 if __name__ == "__main__":

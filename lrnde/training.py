@@ -15,7 +15,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Real
 from tqdm import tqdm
 
@@ -265,6 +267,66 @@ def load_checkpoint(path: Path, like: State, identity: str) -> State:
     )
 
 
+def steps_done(path: Path) -> int:
+    """How many training steps a checkpoint has behind it; 0 if there is none.
+
+    **Raises:**
+
+    - `TrainingError` if the file is not a checkpoint.
+    """
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        try:
+            if file.readline() != _MAGIC:
+                raise ValueError("it does not begin like one")
+            return json.loads(file.readline())["step"]
+        except (ValueError, KeyError) as error:
+            raise TrainingError(
+                f"{path} is not a checkpoint of lrnde ({error}). Move or delete it to "
+                "start this run from its beginning."
+            ) from error
+
+
+class Shardings(NamedTuple):
+    """Two ways of laying an array over all devices.
+
+    - `split`: Its first axis is divided among them.
+    - `whole`: Each has a copy.
+    """
+
+    split: NamedSharding
+    whole: NamedSharding
+
+
+def shardings(batch_size: int) -> Shardings:
+    """How to lay batches over all devices that JAX knows, those of other hosts too.
+
+    The training step stays the same function of the whole batch: JAX divides its work.
+    So the error of a solver step is still one norm over all examples, and all devices
+    take the same steps.
+
+    **Arguments:**
+
+    - `batch_size`: Examples in a batch.
+
+    **Raises:**
+
+    - `ValueError` if a batch cannot be divided evenly.
+    """
+    devices = jax.devices()
+    if batch_size % len(devices):
+        raise ValueError(
+            f"a batch of {batch_size} cannot be divided evenly over {len(devices)} "
+            "devices. Choose a multiple, or fewer devices (CUDA_VISIBLE_DEVICES)."
+        )
+    mesh = Mesh(np.array(devices), ("batch",))
+    return Shardings(
+        NamedSharding(mesh, PartitionSpec("batch")),
+        NamedSharding(mesh, PartitionSpec()),
+    )
+
+
 class _Outcome(NamedTuple):
     evaluation: Evaluation
     finite: Bool[Array, ""]
@@ -352,6 +414,7 @@ def fit(
     regularizer: Regularizers = None,
     weight: optax.Schedule = optax.constant_schedule(1.0),  # noqa: B008
     budget: StepBudget | None = None,
+    sharding: PyTree[NamedSharding] | None = None,
     checkpoint: Path | None = None,
     identity: str = "",
     checkpoint_every: int = 100,
@@ -375,6 +438,11 @@ def fit(
     - `regularizer`: As for `lrnde.diffeqsolve`.
     - `weight`: The weight of the penalty, a function of the step.
     - `budget`: The step budget to start with.
+    - `sharding`: How to lay a batch over devices, `lrnde.training.shardings`: one for
+        all of its arrays, or a tree of them with the structure of a batch. The model is
+        copied to all devices. `None` trains on one. With several processes
+        (`jax.distributed`) each calls this with the same arguments, and the first one
+        writes the checkpoint, which all have to be able to read.
     - `checkpoint`: A file to resume from if it exists, and to write to.
     - `identity`: Whose checkpoint it is; one of another identity is refused.
     - `checkpoint_every`: Training steps between checkpoints.
@@ -391,6 +459,10 @@ def fit(
     - `TrainingError`: if the loss or its gradient is not finite, or a solve needs more
         steps than the budget's limit. The last good state is in the checkpoint.
     """
+    if jax.process_count() > 1 and deadline < math.inf:
+        raise ValueError(
+            "a deadline would stop some processes before others, which wait for them."
+        )
     params = eqx.filter(model, eqx.is_inexact_array)
     state = State(model, optimizer.init(params), budget=budget or StepBudget())
     if checkpoint is not None and checkpoint.exists():
@@ -398,8 +470,14 @@ def fit(
     train_step = make_step(objective, optimizer, weight, regularizer)
     compiled = set()
 
+    def spread(tree):
+        if sharding is None:
+            return tree
+        mesh = jax.tree.leaves(sharding)[0].mesh
+        return eqx.filter_shard(tree, NamedSharding(mesh, PartitionSpec()))
+
     def save():
-        if checkpoint is not None:
+        if checkpoint is not None and jax.process_index() == 0:
             save_checkpoint(checkpoint, state, identity)
 
     def fail(reason: str):
@@ -409,16 +487,18 @@ def fit(
             f"step {state.step}: {reason} The state before that step is {kept}."
         )
 
+    state.model, state.opt_state = spread((state.model, state.opt_state))
     bar = tqdm(total=steps, initial=state.step, disable=not progress, unit="step")
     with bar, _Interrupt() as interrupt:
         while state.step < steps and not interrupt.asked:
             if time.monotonic() > deadline:
                 break
             started = time.monotonic()
+            batch = batches(state.step)
             (new_model, new_opt_state), outcome = train_step(
                 state.model,
                 state.opt_state,
-                batches(state.step),
+                batch if sharding is None else jax.device_put(batch, sharding),
                 key,
                 jnp.asarray(state.step),
                 state.budget.steps,
@@ -443,7 +523,7 @@ def fit(
                     "the loss or its gradient is not finite. Lower the learning rate "
                     "or the weight of the penalty."
                 )
-            state.model, state.opt_state = new_model, new_opt_state
+            state.model, state.opt_state = spread((new_model, new_opt_state))
             state.budget.note(int(evaluation.num_steps))
             state.step += 1
             state.history.add(state.step, evaluation)
@@ -452,7 +532,15 @@ def fit(
             if state.step % checkpoint_every == 0:
                 save()
     save()
+    if sharding is not None:
+        state.model, state.opt_state = _on_one_device((state.model, state.opt_state))
     return state
+
+
+def _on_one_device(tree: PyTree) -> PyTree:
+    """Takes one of the copies that all devices have."""
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), arrays), rest)
 
 
 def _postfix(evaluation: Evaluation) -> dict[str, str]:

@@ -1,8 +1,10 @@
 """`python -m lrnde.run`: what is run, what is kept, what is refused."""
 
 import pytest
+from filelock import FileLock
 
 from lrnde import experiments, records, run
+from lrnde.training import TrainingError
 
 SETTINGS = """
 tier: tiny
@@ -53,9 +55,57 @@ def test_runs_are_recorded_measured_and_not_repeated(tiny, monkeypatch, capsys):
 
     # Times of this machine do not go into the record of another one.
     tiny.write_text(SETTINGS)
-    monkeypatch.setattr(records, "provenance", lambda precision: {"device": "other"})
+    monkeypatch.setattr(records, "provenance", lambda *_: {"device": "other"})
     with pytest.raises(ValueError, match="measure it there"):
         run.main([*arguments, "--measure"])
+
+
+def test_the_work_is_shared_and_one_failure_does_not_end_it(tiny, monkeypatch, capsys):
+    """A run that another process has is left to it, and is no reason to measure."""
+
+    def fake(config, **kwargs):
+        if config.method == "vanilla":
+            raise TrainingError("step 2: the loss is not finite")
+        raise AssertionError("another process is at this one")
+
+    monkeypatch.setattr(experiments, "run", fake)
+    biased = run.plan(["mnist-node"], "tiny")[1]
+    run.lock_of(biased).parent.mkdir(parents=True)
+    with FileLock(run.lock_of(biased)):
+        assert run.in_progress() == ["mnist-node/tiny/biased-seed3"]
+        assert run.main(["--tier", "tiny"]) == 1
+        with pytest.raises(RuntimeError, match="biased-seed3 in progress"):
+            run.main(["--tier", "tiny", "--measure"])
+    out = capsys.readouterr().out
+    assert "vanilla-seed3: failed: step 2" in out
+    assert "biased-seed3: another process is at it" in out
+    assert run.in_progress() == []
+    assert run.main(["--tier", "tiny", "--missing"]) == 0
+    out = capsys.readouterr().out
+    assert "0 of 2 runs have records" in out and "2 left, time unknown" in out
+
+
+def test_the_time_left_follows_records_and_checkpoints(tiny, monkeypatch):
+    config = run.plan(["mnist-node"], "tiny")[0]
+    took = {"train_seconds": 90.0, "compile_seconds": 10.0}
+    record = {"method": "error", "times": took, "provenance": {"device": "here"}}
+    monkeypatch.setattr(records, "load_all", lambda *_: [record])
+    assert run.seconds_left([config, config], "here") == (200.0, 0)
+    assert run.seconds_left([config, config], "elsewhere") == (0.0, 2)
+    monkeypatch.setattr(run, "steps_done", lambda path: 2)  # of three
+    assert run.seconds_left([config], "here")[0] == pytest.approx(100 / 3)
+
+
+def test_two_chapters_may_share_a_run_but_not_a_name(tiny):
+    other = tiny.with_name("wider.yaml")
+    other.write_text("experiment: mnist-node\n" + SETTINGS)
+    assert run.chapters("tiny") == ["mnist-node", "wider"]
+    assert len(run.plan(["mnist-node", "wider"], "tiny")) == 2
+    other.write_text(
+        "experiment: mnist-node\n" + SETTINGS.replace("steps: 3", "steps: 5")
+    )
+    with pytest.raises(ValueError, match="different settings"):
+        run.plan(["mnist-node", "wider"], "tiny")
 
 
 @pytest.mark.parametrize("wrong", [["--method", "unbaised"], ["--seed", "99"]])

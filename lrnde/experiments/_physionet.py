@@ -21,7 +21,7 @@ from ..objectives import (
     kl_divergence,
     squared_error,
 )
-from ..training import Evaluation
+from ..training import Evaluation, shardings
 from ._run import check_solved, DatasetConfig, MAX_STEPS
 
 # Of the observed entries, how many interpolation hides from the encoder.
@@ -224,6 +224,10 @@ class PhysioNet(DatasetConfig):
             return times, x[rows], mask[rows], weight
 
         return batch
+
+    def sharding(self):
+        split, whole = shardings(self.batch_size)
+        return whole, split, split, whole
 
     def objective(self, model, batch, **kwargs):
         times, x, mask, kl_weight = batch

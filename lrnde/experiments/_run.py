@@ -39,6 +39,7 @@ from ..training import (
     load_checkpoint,
     make_step,
     schedule,
+    shardings,
     State,
     StepBudget,
 )
@@ -176,6 +177,18 @@ class Config(abc.ABC):
     def prediction(self, dataset: Any) -> tuple[Callable[[eqx.Module], Any], int]:
         """A prediction to time, a function of the model, and how large its batch is."""
 
+    def sharding(self) -> PyTree[jax.sharding.NamedSharding]:
+        """How to lay a batch over all devices, with the structure of a batch.
+
+        **Raises:**
+
+        - `ValueError` if it cannot be divided among them.
+        """
+        raise ValueError(
+            f"{self.experiment} has no batch to divide: every training step takes all "
+            "of its data."
+        )
+
     def make_solver(self) -> diffrax.AbstractSolver:
         """The solver."""
         return SOLVERS[self.solver]()
@@ -233,6 +246,9 @@ class DatasetConfig(Config):
             return data.validation_split(dataset, self.validation, seed=0)
         return dataset
 
+    def sharding(self):
+        return shardings(self.batch_size).split
+
     def order(self, dataset: data.Dataset | data.TimeSeries) -> data.Batches:
         """Which training examples are in which batch."""
         return data.Batches(len(dataset.x_train), self.batch_size, self.seed)
@@ -279,6 +295,7 @@ def run(
     checkpoint: Path | None = None,
     deadline: float = math.inf,
     progress: bool = True,
+    shard: bool = False,
 ) -> Run | None:
     """Trains and evaluates one model.
 
@@ -288,15 +305,17 @@ def run(
     - `checkpoint`: A file to resume from and to write to.
     - `deadline`: Stop cleanly at this `time.monotonic()`.
     - `progress`: Whether to show a progress bar.
+    - `shard`: Whether to divide every training batch over all devices.
 
     **Returns:**
 
     A `Run`; `None` if the training was stopped before its end.
     """
-    provenance = records.provenance(config.precision)
+    devices = jax.device_count() if shard else 1
+    provenance = records.provenance(config.precision, devices)
     with jax.default_matmul_precision(config.precision):
         dataset = config.load_data()
-        state = train(config, dataset, checkpoint, deadline, progress)
+        state = train(config, dataset, checkpoint, deadline, progress, shard)
         if state.step < config.steps:
             return None
         return Run(state.model, _record(config, dataset, state, provenance))
@@ -308,6 +327,7 @@ def train(
     checkpoint: Path | None = None,
     deadline: float = math.inf,
     progress: bool = True,
+    shard: bool = False,
 ) -> State:
     """Trains the model of a configuration; see `run`."""
     return fit(
@@ -320,6 +340,7 @@ def train(
         regularizer=REGULARIZERS[config.method],
         weight=schedule(config.weight, config.steps),
         budget=StepBudget(),
+        sharding=config.sharding() if shard else None,
         checkpoint=checkpoint,
         identity=records.config_hash(asdict(config)),
         deadline=deadline,

@@ -1,0 +1,63 @@
+"""Batches divided over eight devices: the same training as on one, to rounding."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lrnde import experiments
+
+TRAIN = """
+import sys
+import equinox as eqx, jax, numpy as np
+from lrnde import experiments
+
+assert jax.device_count() == 8
+name, method, rtol = *sys.argv[1:3], float(sys.argv[3])
+small = dict(
+    experiment=name, method=method, batch_size=16, tolerance=1e-3, steps=3, hidden=8
+)
+if name == "physionet":
+    small |= dict(latent=3, depth=1, dataset="oscillators", tolerance=1e-4)
+config = experiments.EXPERIMENTS[name](**small)
+dataset = config.load_data()
+one, eight = (
+    experiments.train(config, dataset, progress=False, shard=shard)
+    for shard in (False, True)
+)
+assert len(one.history.pending) == 3
+for a, b in zip(one.history.pending, eight.history.pending, strict=True):
+    assert a.keys() == b.keys() and a["nfe"] == b["nfe"], (a, b)
+    np.testing.assert_allclose(list(b.values()), list(a.values()), rtol=rtol)
+leaves = [jax.tree.leaves(eqx.filter(s.model, eqx.is_array)) for s in (one, eight)]
+for a, b in zip(*leaves, strict=True):
+    np.testing.assert_allclose(b, a, rtol=rtol, atol=rtol / 100)
+    assert len(b.sharding.device_set) == 1
+try:
+    experiments.EXPERIMENTS[name](**small | dict(batch_size=20)).sharding()
+except ValueError as error:
+    assert "20 cannot be divided evenly over 8 devices" in str(error)
+else:
+    raise AssertionError("20 examples on 8 devices")
+"""
+
+
+# A penalty is compared in double precision: in single precision the estimate of a small
+# error is itself mostly rounding.
+@pytest.mark.parametrize(
+    ("name", "method", "double", "rtol"),
+    [("mnist-node", "unbiased", "1", "1e-9"), ("physionet", "vanilla", "0", "1e-3")],
+)
+def test_as_on_one_device(name, method, double, rtol):
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_ENABLE_X64": double}
+    command = [sys.executable, "-c", TRAIN, name, method, rtol]
+    root = Path(__file__).parents[1]
+    subprocess.run(command, cwd=root, env=environment, check=True)
+
+
+def test_an_experiment_without_batches_says_so():
+    with pytest.raises(ValueError, match="spiral-sde has no batch to divide"):
+        experiments.Spiral(experiment="spiral-sde").sharding()
