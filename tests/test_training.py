@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -303,7 +304,7 @@ Path(sys.argv[3]).write_text(json.dumps(record, sort_keys=True))
 
 
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
-    """SIGKILL in the middle of training, then again: same parameters, same record."""
+    """SIGKILL five times, at any moment: same parameters, same record."""
     config = dict(method="unbiased", steps=400, hidden=8, batch_size=16)
     config |= dict(tolerance=1e-3, solver="bosh3", eval_batch_size=360)
 
@@ -312,15 +313,25 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
         command += [str(tmp_path / f"{name}.ckpt"), str(tmp_path / f"{name}.json")]
         return subprocess.Popen(command, cwd=Path(__file__).parents[1])
 
+    begun = time.monotonic()
     assert start("whole").wait() == 0
-    checkpoint = tmp_path / "killed.ckpt"
-    process = start("killed")
-    while not checkpoint.exists() or step_of(checkpoint) < 100:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    assert step_of(checkpoint) < 400
+    seconds = time.monotonic() - begun
+    checkpoint, moments = tmp_path / "killed.ckpt", random.Random(0)
+    seen = []
+    # The first one has to have begun, or nothing would be resumed.
+    for wait_for in (100, 0, 0, 0, 0):
+        process = start("killed")
+        while wait_for and not (
+            checkpoint.exists() and step_of(checkpoint) >= wait_for
+        ):
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.005)
+        if not wait_for:
+            time.sleep(moments.uniform(0, seconds))
+        process.kill()
+        process.wait()
+        seen.append(step_of(checkpoint))
+    assert seen == sorted(seen) and 100 <= seen[0] < 400
     assert start("killed").wait() == 0
     whole, killed = (tmp_path / f"{name}.json" for name in ("whole", "killed"))
     assert whole.read_text() == killed.read_text()
