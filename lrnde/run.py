@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from . import experiments, records
 from .experiments import Config
-from .training import steps_done
+from .training import steps_done, TrainingError
 
 ROOT = Path(__file__).parents[1]
 PARAMS = ROOT / "notebooks" / "params"
@@ -96,6 +96,14 @@ def record_of(config: Config) -> Path:
     return records.path_of(vars(config), RESULTS)
 
 
+def _done(config: Config) -> int:
+    """The training steps behind a run. Running it tells if its checkpoint is damaged."""
+    try:
+        return steps_done(checkpoint_of(config))
+    except TrainingError:
+        return 0
+
+
 def missing(configs: Iterable[Config]) -> list[Config]:
     """Those that have no record."""
     return [config for config in configs if not record_of(config).exists()]
@@ -110,13 +118,12 @@ def lock_of(config: Config) -> Path:
 
 
 @contextmanager
-def _claim(path: Path) -> Iterator[bool]:
+def _claim(path: Path, wait: float) -> Iterator[bool]:
     """Gives whether this process got the lock. One that is killed loses its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        # Not at once: `in_progress` of another process may have it for a moment.
-        lock.acquire(timeout=1)
+        lock.acquire(timeout=wait)
     except Timeout:
         yield False
         return
@@ -130,7 +137,7 @@ def in_progress() -> list[str]:
     """The runs that other processes are at."""
     busy = []
     for path in sorted(RUNS.glob("*/*/*.lock")):
-        with _claim(path) as free:
+        with _claim(path, wait=0.0) as free:
             if not free:
                 busy.append(path.relative_to(RUNS).with_suffix("").as_posix())
     return busy
@@ -171,7 +178,7 @@ def seconds_left(configs: Iterable[Config], device: str) -> tuple[float, int]:
         if seconds is None:
             unknown += 1
         else:
-            total += seconds * (1 - steps_done(checkpoint_of(config)) / config.steps)
+            total += seconds * (1 - _done(config) / config.steps)
     return total, unknown
 
 
@@ -217,7 +224,8 @@ def run(configs: Sequence[Config], deadline: float = math.inf, **options) -> int
             continue
         if time.monotonic() > deadline:
             return STOPPED
-        with _claim(lock_of(config)) as mine:
+        # `in_progress` of another process may have the lock for a moment.
+        with _claim(lock_of(config), wait=1.0) as mine:
             if not mine:
                 print(f"{title(config)}: another process is at it", flush=True)
                 continue
@@ -231,8 +239,7 @@ def run(configs: Sequence[Config], deadline: float = math.inf, **options) -> int
                 code = 1
                 continue
         if line is None:
-            done = steps_done(checkpoint_of(config))
-            print(f"{title(config)}: stopped at step {done}; call again to go on")
+            print(f"{title(config)}: stopped at step {_done(config)}; call again")
             return STOPPED
         print(f"{title(config)}: {line}; {_outlook(configs)}", flush=True)
     return code
@@ -313,7 +320,7 @@ def _check_measurable(config: Config, device: str, here: str) -> None:
 def _state(config: Config) -> str:
     if record_of(config).exists():
         return "done"
-    done = steps_done(checkpoint_of(config))
+    done = _done(config)
     return f"missing, at step {done} of {config.steps}" if done else "missing"
 
 

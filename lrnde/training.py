@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import equinox as eqx
 import jax
@@ -236,23 +236,20 @@ def load_checkpoint(path: Path, like: State, identity: str) -> State:
 
     - `TrainingError` if the file is damaged, or of another run.
     """
-    remedy = f"Move or delete {path} to start this run from its beginning."
     with open(path, "rb") as file:
-        if file.readline() != _MAGIC:
-            raise TrainingError(f"{path} is not a checkpoint of lrnde. {remedy}")
+        header = _header(file, path)
+        if header["identity"] != identity:
+            raise TrainingError(
+                f"{path} belongs to a run with other settings. {_remedy(path)}"
+            )
         try:
-            header = json.loads(file.readline())
-            if header["identity"] != identity:
-                raise TrainingError(
-                    f"{path} belongs to a run with other settings. {remedy}"
-                )
             model, opt_state = eqx.tree_deserialise_leaves(
                 file, (like.model, like.opt_state)
             )
-        except (ValueError, KeyError, EOFError, RuntimeError) as error:
-            if isinstance(error, TrainingError):
-                raise
-            raise TrainingError(f"{path} is damaged ({error}). {remedy}") from error
+        except (ValueError, EOFError, RuntimeError) as error:
+            raise TrainingError(
+                f"{path} is damaged ({error}). {_remedy(path)}"
+            ) from error
     return State(
         model,
         opt_state,
@@ -272,20 +269,26 @@ def steps_done(path: Path) -> int:
 
     **Raises:**
 
-    - `TrainingError` if the file is not a checkpoint.
+    - `TrainingError` if the file is damaged, or not a checkpoint.
     """
     if not path.exists():
         return 0
     with open(path, "rb") as file:
-        try:
-            if file.readline() != _MAGIC:
-                raise ValueError("it does not begin like one")
-            return json.loads(file.readline())["step"]
-        except (ValueError, KeyError) as error:
-            raise TrainingError(
-                f"{path} is not a checkpoint of lrnde ({error}). Move or delete it to "
-                "start this run from its beginning."
-            ) from error
+        return _header(file, path)["step"]
+
+
+def _header(file: BinaryIO, path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, ahead of its arrays."""
+    if file.readline() != _MAGIC:
+        raise TrainingError(f"{path} is not a checkpoint of lrnde. {_remedy(path)}")
+    try:
+        return json.loads(file.readline())
+    except ValueError as error:
+        raise TrainingError(f"{path} is damaged ({error}). {_remedy(path)}") from error
+
+
+def _remedy(path: Path) -> str:
+    return f"Move or delete {path} to start this run from its beginning."
 
 
 class Shardings(NamedTuple):

@@ -96,6 +96,17 @@ def test_the_time_left_follows_records_and_checkpoints(tiny, monkeypatch):
     assert run.seconds_left([config], "here")[0] == pytest.approx(100 / 3)
 
 
+def test_a_damaged_checkpoint_is_no_obstacle_to_the_other_runs(tiny, capsys):
+    vanilla, biased = run.plan(["mnist-node"], "tiny")
+    run.checkpoint_of(biased).parent.mkdir(parents=True)
+    run.checkpoint_of(biased).write_bytes(b"GIF89a")
+    assert run.main(["--tier", "tiny"]) == 1
+    out = capsys.readouterr().out
+    assert "biased-seed3: failed:" in out and "Move or delete" in out
+    assert run.missing([vanilla, biased]) == [biased]
+    assert run.checkpoint_of(biased).read_bytes() == b"GIF89a"
+
+
 def test_two_chapters_may_share_a_run_but_not_a_name(tiny):
     other = tiny.with_name("wider.yaml")
     other.write_text("experiment: mnist-node\n" + SETTINGS)
