@@ -97,7 +97,7 @@ def record_of(config: Config) -> Path:
 
 
 def _done(config: Config) -> int:
-    """The training steps behind a run. Running it tells if its checkpoint is damaged."""
+    """The steps behind a run; that its checkpoint is damaged is for the run to say."""
     try:
         return steps_done(checkpoint_of(config))
     except TrainingError:
