@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ._published import SOURCES, TABLES
+from .records import path_of
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -40,8 +41,10 @@ COLORS = {
     "unbiased-4": "#4D4D9F",
     "kinetic": "#8C564B",
     "steer+global-error": "#9E9E9E",
+    "stiffness-unbiased": "#1B4F72",
+    "stiffness-biased": "#873600",
 }
-_MARKERS = dict(zip(COLORS, "osD^vPX*<>p", strict=True))
+_MARKERS = dict(zip(COLORS, "osD^vPX*<>pHd", strict=True))
 
 # curve: label, factor to the unit of the label, scale of the axis.
 _CURVES = {
@@ -387,7 +390,8 @@ def provenance_note(records: Sequence[dict], root: str = "book/results") -> str:
     **Returns:**
 
     Number and folder of the records, seeds, devices, precision, versions, commits and
-    dates; each with all of its values where the records differ.
+    dates, each with all of its values where the records differ; and how many of the
+    times were measured side by side after the runs.
     """
     if not records:
         return "**Provenance.** No records."
@@ -406,8 +410,206 @@ def provenance_note(records: Sequence[dict], root: str = "book/results") -> str:
         ", ".join(versions),
         f"commit {_distinct([_commit(origin) for origin in origins])}",
         f"run on {_distinct([origin['started'][:10] for origin in origins])}",
+        f"times of {sum(map(_timed_apart, records))} measured side by side afterwards",
     )
     return f"**Provenance.** {'; '.join(parts)}."
+
+
+def _timed_apart(record: dict) -> bool:
+    """Whether the time of a training step is not the mean over the training itself."""
+    mean = record["times"]["train_seconds"] / record["config"]["steps"]
+    return not math.isclose(record["times"]["train_step_seconds"], mean, rel_tol=1e-9)
+
+
+def record_links(records: Sequence[dict], root: str = "../book/results") -> str:
+    """Links to the files of records, in a line of Markdown.
+
+    **Arguments:**
+
+    - `records`: Records of one experiment in one tier.
+    - `root`: The folder of all records, as the page sees it.
+
+    **Returns:**
+
+    A link for each seed, by method.
+    """
+    groups = _by_method(records)
+    if not groups:
+        return "**Records.** None."
+
+    def seeds(group):
+        ordered = sorted(group, key=lambda record: record["seed"])
+        return ", ".join(f"[{r['seed']}]({path_of(r, root)})" for r in ordered)
+
+    parts = (f"*{method}* {seeds(group)}" for method, group in groups.items())
+    return f"**Records,** by seed. {'; '.join(parts)}."
+
+
+# What reproduces
+
+# A published saving of less than this share counts as none.
+_SAVING = 0.05
+# How far ours may stay behind the published factor and still reproduce it.
+_SLACK = 1.1
+
+
+def _number(cell: str | None) -> float:
+    """The mean of a published cell."""
+    return float(cell.split("±")[0]) if cell else math.nan
+
+
+def _printed(experiment: str, method: str, names: Sequence[str]) -> tuple[float, float]:
+    """A published number of a method, and of vanilla in the same source."""
+    table = TABLES.get(experiment, [])
+    row = next((row for row in table if row["method"] == method), {})
+    same = (r for r in table if r["source"] == row.get("source"))
+    base = next((r for r in same if r["method"] == "vanilla"), {})
+    found = (name for name in names if row.get(name) and base.get(name))
+    name = next(found, "")
+    return _number(row.get(name)), _number(base.get(name))
+
+
+def _spread(row: dict[str, int | float], name: str) -> float:
+    """The standard error of a mean over seeds."""
+    return row.get(f"{name}_std", math.nan) / math.sqrt(row.get("seeds", 1))
+
+
+def _factor(row: dict, base: dict, name: str) -> tuple[float, float]:
+    """The quotient of two means, with its standard error."""
+    ours, vanilla = row.get(name, math.nan), base.get(name, math.nan)
+    factor = ours / vanilla
+    relative = math.hypot(_spread(row, name) / ours, _spread(base, name) / vanilla)
+    return factor, factor * relative
+
+
+def _cost_verdict(published: float, here: float, error: float) -> str:
+    saves = here + 2 * error < 1
+    if published > 1 - _SAVING:
+        return "no" if saves else "yes"
+    if not saves:
+        return "no"
+    return "yes" if here <= _SLACK * published else "in part"
+
+
+def _quality_verdict(published: float, here: float, error: float) -> str:
+    return "yes" if here <= max(published, 0.0) + 2 * error else "no"
+
+
+def _costs(name: str, printed: Sequence[str]):
+    """A claim on a cost: the factor to vanilla's."""
+
+    def claim(experiment, method, row, base):
+        ours, vanilla = _printed(experiment, method, printed)
+        return ours / vanilla, *_factor(row, base, name)
+
+    return claim
+
+
+def _loss_of_accuracy(experiment, method, row, base):
+    """How many points of accuracy are lost to vanilla."""
+    ours, vanilla = _printed(experiment, method, ["test acc %"])
+    name = "test_accuracy"
+    here = 100 * (base.get(name, math.nan) - row.get(name, math.nan))
+    return (
+        vanilla - ours,
+        here,
+        100 * math.hypot(_spread(row, name), _spread(base, name)),
+    )
+
+
+def _growth_of_error(experiment, method, row, base):
+    """By how many per cent the error is larger than vanilla's."""
+    ours, vanilla = _printed(experiment, method, ["test loss x1e-3", "loss"])
+    name = "test_mse" if "test_mse" in base else "test_loss"
+    here, error = _factor(row, base, name)
+    return 100 * (ours / vanilla - 1), 100 * (here - 1), 100 * error
+
+
+def _claims_of(experiment: str) -> dict[str, tuple]:
+    """Quantity: what is claimed of it, how that is judged, and how it is written."""
+    quality = {"accuracy lost (points)": (_loss_of_accuracy, _quality_verdict, "+.2f")}
+    if "test acc %" not in TABLES[experiment][0]:
+        quality = {"error added (%)": (_growth_of_error, _quality_verdict, "+.1f")}
+    seconds = _costs("predict_seconds", ["predict s/batch", "predict s"])
+    return {
+        "NFE": (_costs("test_nfe", ["test NFE"]), _cost_verdict, ".3f"),
+        "prediction time": (seconds, _cost_verdict, ".3f"),
+        **quality,
+    }
+
+
+def claims(
+    records: Sequence[dict],
+    experiment: str,
+    tier: str,
+    methods: Sequence[str] = METHODS[1:],
+) -> "pandas.DataFrame":
+    """Judges each published claim on an experiment by records.
+
+    A claim is how a method stands to vanilla: the quotient of their NFE and of their
+    prediction times, and the accuracy that is lost or the error that is added. Ours has
+    a standard error, from the deviations over seeds. A cost is *reproduced* ("yes") if
+    it is below vanilla's by more than twice that error, and at most a tenth above the
+    published factor; *in part* if it is below vanilla's but not by as much; otherwise
+    not ("no"). Where less than a twentieth was saved in print, "yes" says that nothing
+    is saved here either. A quality is reproduced if no more is lost than in print, up
+    to twice the standard error.
+
+    **Arguments:**
+
+    - `records`: Records; those of other experiments and tiers are left out.
+    - `experiment`: For instance `"mnist-node"`.
+    - `tier`: `"smoke"`, `"cpu"` or `"paper"`.
+    - `methods`: The methods to judge, but for vanilla.
+
+    **Returns:**
+
+    A data frame with a row for each method and quantity: the published factor or
+    change (a quotient or difference of printed means of one source), ours and its
+    standard error as numbers, `text` that shows ours, and the `verdict`, which may also
+    be "missing" (no records), "unclear" (one seed only, or times of different devices)
+    or "–" (not published).
+
+    **Raises:**
+
+    `ValueError` if nothing was published on that experiment.
+    """
+    if experiment not in TABLES:
+        problem = f"no published results for {experiment!r}; known: {', '.join(TABLES)}"
+        raise ValueError(problem)
+    pd = _import("pandas")
+    chosen = [r for r in records if (r["experiment"], r["tier"]) == (experiment, tier)]
+    rows = summary(chosen)
+    lines = []
+    for method in methods:
+        row, base = rows.get(method, {}), rows.get("vanilla", {})
+        for quantity, (claim, judge, form) in _claims_of(experiment).items():
+            published, here, error = claim(experiment, method, row, base)
+            if quantity == "prediction time" and math.isnan(
+                row.get("predict_ratio", math.nan)
+            ):
+                error = math.nan  # other devices or batches: no comparison
+            lines.append(
+                {
+                    "method": method,
+                    "quantity": quantity,
+                    "published": published,
+                    "here": here,
+                    "error": error,
+                    "text": MISSING if math.isnan(here) else f"{here:{form}}",
+                    "verdict": _verdict(published, here, error, judge),
+                }
+            )
+    columns = ["method", "quantity", "published", "here", "error", "text", "verdict"]
+    return pd.DataFrame(lines, columns=columns).set_index(["method", "quantity"])
+
+
+def _verdict(published: float, here: float, error: float, judge) -> str:
+    if math.isnan(here):
+        return MISSING
+    if math.isnan(published):
+        return EMPTY
+    return "unclear" if math.isnan(error) else judge(published, here, error)
 
 
 # Figures

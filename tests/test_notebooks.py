@@ -139,12 +139,51 @@ def check_choosing_the_weight(results):
     assert field[heaviest] > field[none]
 
 
+def check_numerics(results):
+    assert 4.5 < results["truncation_slope"] < 5.5
+    floors = results["floor_slopes"]
+    assert 0.9 < floors["float32"] < 1.1
+    assert all(0.8 < slope < 2 for slope in floors.values())
+    # Each format is the dearer the fewer bits it has, and the solution is no better.
+    finest = [results["nfe"][name][-1] for name in ("float32", "TF32", "bfloat16")]
+    assert finest[0] * 5 < finest[1] < finest[2]
+    assert results["distance"]["TF32"][-1] > 10 * results["distance"]["float32"][-1]
+    assert results["cosines"]["float32"][-1] > 0.99
+    assert results["cosines"]["float32"][0] < 0.8
+    assert results["permuted_change"][0] > 100 * results["permuted_change"][-1]
+    assert results["losses_finite"] is True
+
+
+def check_results_tables(results):
+    tables = results["tables"]
+    assert len(tables) == 6
+    for seeds in tables.values():
+        assert all(int(seeds[m]) >= 3 for m in ("vanilla", "unbiased", "biased"))
+    absent = sum(count == "0" for seeds in tables.values() for count in seeds.values())
+    assert results["missing"] == absent
+
+
+def check_learning_curves(results):
+    assert all(count >= 9 for count in results["drawn"].values())
+    assert results["last"].keys() == results["first"].keys()
+    assert all(0.9 < quotient <= 1.1 for quotient in results["first"].values())
+    assert 0 < results["last"]["physionet/cpu"] < results["first"]["physionet/cpu"]
+
+
+def check_what_reproduces(results):
+    verdicts = results["verdicts"]
+    assert sum(verdicts.values()) == results["claims"] == 5 * 2 * 3
+    assert verdicts.keys() <= {"yes", "no", "in part", "unclear"}
+    assert results["missing"] == 0
+
+
 CHECKS = {
     "first_look": check_first_look,
     "adaptive_solvers": check_adaptive_solvers,
     "local_regularization": check_local_regularization,
     "adjoints_and_memory": check_adjoints_and_memory,
     "performance": check_performance,
+    "numerics": check_numerics,
     "stochastic_solvers": check_stochastic_solvers,
     "mnist_node": check_mnist_node,
     "mnist_nsde": check_mnist_nsde,
@@ -154,6 +193,9 @@ CHECKS = {
     "cifar10_multiscale": check_cifar10_multiscale,
     "comparison": check_comparison,
     "choosing_the_weight": check_choosing_the_weight,
+    "results_tables": check_results_tables,
+    "learning_curves": check_learning_curves,
+    "what_reproduces": check_what_reproduces,
 }
 
 

@@ -40,7 +40,7 @@ def make_record(method="vanilla", seed=0, **changes):
         "tier": "cpu",
         "method": method,
         "seed": seed,
-        "config": {"method": method, "seed": seed, "rtol": 1e-6},
+        "config": {"method": method, "seed": seed, "rtol": 1e-6, "steps": 1200},
         "metrics": {
             "train_accuracy": 0.98,
             "test_accuracy": 0.95,
