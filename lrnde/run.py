@@ -360,6 +360,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="time finished runs side by side; run nothing else meanwhile",
     )
     options = parser.parse_args(arguments)
+    if options.measure and options.shard:
+        parser.error("--measure times one device: leave out --shard")
     deadline = time.monotonic() + 60 * options.max_minutes
     if not chapters(options.tier):
         parser.error(f"no tier {options.tier!r}; see notebooks/params")

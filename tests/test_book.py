@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -182,3 +183,19 @@ def test_markdown_docstring_becomes_rst():
     (paragraph,) = item.children
     assert paragraph.astext() == "n: How\nmany n."
     assert not list(tree.findall(nodes.system_message))
+
+
+def test_records_lie_where_the_pages_link_to(tmp_path):
+    copy = load(ROOT / "book" / "_ext" / "copy_records.py").copy_records
+    stale = tmp_path / "book" / "results" / "gone.json"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    app = SimpleNamespace(
+        srcdir=ROOT, outdir=tmp_path, builder=SimpleNamespace(format="html")
+    )
+    copy(app, None)
+    # A page in notebooks/ names them as the notebook does: ../book/results.
+    made = {p.relative_to(tmp_path) for p in tmp_path.glob("book/results/*/*/*.json")}
+    kept = {p.relative_to(ROOT) for p in ROOT.glob("book/results/*/*/*.json")}
+    assert made == kept
+    assert not stale.exists()

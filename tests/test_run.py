@@ -85,6 +85,12 @@ def test_the_work_is_shared_and_one_failure_does_not_end_it(tiny, monkeypatch, c
     assert "0 of 2 runs have records" in out and "2 left, time unknown" in out
 
 
+def test_times_are_those_of_one_device(tiny, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--tier", "tiny", "--measure", "--shard"])
+    assert "leave out --shard" in capsys.readouterr().err
+
+
 def test_the_time_left_follows_records_and_checkpoints(tiny, monkeypatch):
     config = run.plan(["mnist-node"], "tiny")[0]
     took = {"train_seconds": 90.0, "compile_seconds": 10.0}
