@@ -9,7 +9,7 @@ import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 
 import numpy as np
 
@@ -469,17 +469,38 @@ def _printed(experiment: str, method: str, names: Sequence[str]) -> tuple[float,
     return _number(row.get(name)), _number(base.get(name))
 
 
-def _spread(row: dict[str, int | float], name: str) -> float:
-    """The standard error of a mean over seeds."""
-    return row.get(f"{name}_std", math.nan) / math.sqrt(row.get("seeds", 1))
+class _Pair(NamedTuple):
+    """A quantity of a method and of vanilla, a value for each seed that both have."""
+
+    ours: np.ndarray
+    vanilla: np.ndarray
 
 
-def _factor(row: dict, base: dict, name: str) -> tuple[float, float]:
-    """The quotient of two means, with its standard error."""
-    ours, vanilla = row.get(name, math.nan), base.get(name, math.nan)
-    factor = ours / vanilla
-    relative = math.hypot(_spread(row, name) / ours, _spread(base, name) / vanilla)
-    return factor, factor * relative
+def _paired(records: Sequence[dict], method: str, name: str) -> _Pair:
+    ours, vanilla = (
+        {
+            r["seed"]: {**r["metrics"], **r["times"]}.get(name, math.nan)
+            for r in records
+            if r["method"] == m
+        }
+        for m in (method, "vanilla")
+    )
+    seeds = sorted(ours.keys() & vanilla.keys())
+    return _Pair(*(np.array([values[s] for s in seeds]) for values in (ours, vanilla)))
+
+
+def _standard_error(values: np.ndarray) -> float:
+    """That of the mean; one value has none."""
+    return _mean_and_std(values.tolist())[1] / math.sqrt(len(values))
+
+
+def _factor(pair: _Pair) -> tuple[float, float]:
+    """The quotient of two means, with its standard error to first order."""
+    if not len(pair.ours):
+        return math.nan, math.nan
+    mean = float(np.mean(pair.vanilla))
+    factor = float(np.mean(pair.ours)) / mean
+    return factor, _standard_error(pair.ours - factor * pair.vanilla) / mean
 
 
 def _cost_verdict(published: float, here: float, error: float) -> str:
@@ -498,30 +519,38 @@ def _quality_verdict(published: float, here: float, error: float) -> str:
 def _costs(name: str, printed: Sequence[str]):
     """A claim on a cost: the factor to vanilla's."""
 
-    def claim(experiment, method, row, base):
+    def claim(experiment, method, records):
         ours, vanilla = _printed(experiment, method, printed)
-        return ours / vanilla, *_factor(row, base, name)
+        return ours / vanilla, *_factor(_paired(records, method, name))
 
     return claim
 
 
-def _loss_of_accuracy(experiment, method, row, base):
+def _prediction_time(experiment, method, records):
+    """A claim on prediction times, which only one device and batch size can tell."""
+    alike = _setup([r for r in records if r["method"] in (method, "vanilla")])
+    claim = _costs("predict_seconds", ["predict s/batch", "predict s"])
+    published, *here = claim(experiment, method, records)
+    return published, *(here if len(alike) == 1 else (math.nan, math.nan))
+
+
+def _loss_of_accuracy(experiment, method, records):
     """How many points of accuracy are lost to vanilla."""
     ours, vanilla = _printed(experiment, method, ["test acc %"])
-    name = "test_accuracy"
-    here = 100 * (base.get(name, math.nan) - row.get(name, math.nan))
-    return (
-        vanilla - ours,
-        here,
-        100 * math.hypot(_spread(row, name), _spread(base, name)),
+    pair = _paired(records, method, "test_accuracy")
+    lost = 100 * (pair.vanilla - pair.ours)
+    here = (
+        (float(np.mean(lost)), _standard_error(lost)) if len(lost) else 2 * [math.nan]
     )
+    return vanilla - ours, *here
 
 
-def _growth_of_error(experiment, method, row, base):
+def _growth_of_error(experiment, method, records):
     """By how many per cent the error is larger than vanilla's."""
     ours, vanilla = _printed(experiment, method, ["test loss x1e-3", "loss"])
-    name = "test_mse" if "test_mse" in base else "test_loss"
-    here, error = _factor(row, base, name)
+    names = {name for record in records for name in record["metrics"]}
+    name = "test_mse" if "test_mse" in names else "test_loss"
+    here, error = _factor(_paired(records, method, name))
     return 100 * (ours / vanilla - 1), 100 * (here - 1), 100 * error
 
 
@@ -530,10 +559,9 @@ def _claims_of(experiment: str) -> dict[str, tuple]:
     quality = {"accuracy lost (points)": (_loss_of_accuracy, _quality_verdict, "+.2f")}
     if "test acc %" not in TABLES[experiment][0]:
         quality = {"error added (%)": (_growth_of_error, _quality_verdict, "+.1f")}
-    seconds = _costs("predict_seconds", ["predict s/batch", "predict s"])
     return {
         "NFE": (_costs("test_nfe", ["test NFE"]), _cost_verdict, ".3f"),
-        "prediction time": (seconds, _cost_verdict, ".3f"),
+        "prediction time": (_prediction_time, _cost_verdict, ".3f"),
         **quality,
     }
 
@@ -548,12 +576,13 @@ def claims(
 
     A claim is how a method stands to vanilla: the quotient of their NFE and of their
     prediction times, and the accuracy that is lost or the error that is added. Ours has
-    a standard error, from the deviations over seeds. A cost is *reproduced* ("yes") if
-    it is below vanilla's by more than twice that error, and at most a tenth above the
-    published factor; *in part* if it is below vanilla's but not by as much; otherwise
-    not ("no"). Where less than a twentieth was saved in print, "yes" says that nothing
-    is saved here either. A quality is reproduced if no more is lost than in print, up
-    to twice the standard error.
+    a standard error, from the seeds that both have; runs of one seed share initial
+    parameters and batches, so they are compared in pairs. A cost is *reproduced*
+    ("yes") if it is below vanilla's by more than twice that error, and at most a tenth
+    above the published factor; *in part* if it is below vanilla's but not by as much;
+    otherwise not ("no"). Where less than a twentieth was saved in print, "yes" says
+    that nothing is saved for certain here either. A quality is reproduced if no more is
+    lost than in print, up to twice the standard error.
 
     **Arguments:**
 
@@ -579,37 +608,27 @@ def claims(
         raise ValueError(problem)
     pd = _import("pandas")
     chosen = [r for r in records if (r["experiment"], r["tier"]) == (experiment, tier)]
-    rows = summary(chosen)
-    lines = []
-    for method in methods:
-        row, base = rows.get(method, {}), rows.get("vanilla", {})
-        for quantity, (claim, judge, form) in _claims_of(experiment).items():
-            published, here, error = claim(experiment, method, row, base)
-            if quantity == "prediction time" and math.isnan(
-                row.get("predict_ratio", math.nan)
-            ):
-                error = math.nan  # other devices or batches: no comparison
-            lines.append(
-                {
-                    "method": method,
-                    "quantity": quantity,
-                    "published": published,
-                    "here": here,
-                    "error": error,
-                    "text": MISSING if math.isnan(here) else f"{here:{form}}",
-                    "verdict": _verdict(published, here, error, judge),
-                }
-            )
+    lines = [
+        _judged(chosen, experiment, method, quantity, *how)
+        for method in methods
+        for quantity, how in _claims_of(experiment).items()
+    ]
     columns = ["method", "quantity", "published", "here", "error", "text", "verdict"]
     return pd.DataFrame(lines, columns=columns).set_index(["method", "quantity"])
 
 
-def _verdict(published: float, here: float, error: float, judge) -> str:
-    if math.isnan(here):
-        return MISSING
-    if math.isnan(published):
-        return EMPTY
-    return "unclear" if math.isnan(error) else judge(published, here, error)
+def _judged(records, experiment, method, quantity, claim, judge, form) -> tuple:
+    published, here, error = claim(experiment, method, records)
+    text = EMPTY if math.isnan(here) else f"{here:{form}}"
+    if not len(_paired(records, method, "test_nfe").ours):
+        text = verdict = MISSING
+    elif math.isnan(published):
+        verdict = EMPTY
+    elif math.isnan(error):
+        verdict = "unclear"
+    else:
+        verdict = judge(published, here, error)
+    return method, quantity, published, here, error, text, verdict
 
 
 # Figures
