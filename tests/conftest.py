@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook
 os.environ["MPLBACKEND"] = "Agg"  # no test opens a window
 
 # Most of the time of a test is compilation, so the compiler shall not try hard. The
-# chapters, which time things, run without this.
+# chapters whose results are times run without this.
 LAZY = " --xla_backend_optimization_level=0"
 if LAZY not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + LAZY
