@@ -527,11 +527,12 @@ def _costs(name: str, printed: Sequence[str]):
 
 
 def _prediction_time(experiment, method, records):
-    """A claim on prediction times, which only one device and batch size can tell."""
-    alike = _setup([r for r in records if r["method"] in (method, "vanilla")])
+    """A claim on prediction times, if they were measured on equal terms, undisturbed."""
+    both = [r for r in records if r["method"] in (method, "vanilla")]
+    alike = len(_setup(both)) == 1 and all(map(_timed_apart, both))
     claim = _costs("predict_seconds", ["predict s/batch", "predict s"])
     published, *here = claim(experiment, method, records)
-    return published, *(here if len(alike) == 1 else (math.nan, math.nan))
+    return published, *(here if alike else (math.nan, math.nan))
 
 
 def _loss_of_accuracy(experiment, method, records):
@@ -596,7 +597,8 @@ def claims(
     A data frame with a row for each method and quantity: the published factor or
     change (a quotient or difference of printed means of one source), ours and its
     standard error as numbers, `text` that shows ours, and the `verdict`, which may also
-    be "missing" (no records), "unclear" (one seed only, or times of different devices)
+    be "missing" (no records), "unclear" (one seed only, or times of different devices
+    or of the run itself, which other runs may have slowed down)
     or "–" (not published).
 
     **Raises:**

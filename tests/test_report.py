@@ -372,6 +372,16 @@ def test_times_of_two_machines_are_not_judged():
     assert frame.loc["unbiased", "NFE"]["verdict"] == "yes"
 
 
+def test_times_of_the_runs_themselves_are_not_judged():
+    made = make_records({"vanilla": [100, 101], "unbiased": [60, 61]})
+    for record in made[:1]:
+        mean = record["times"]["train_seconds"] / record["config"]["steps"]
+        record["times"]["train_step_seconds"] = mean
+    frame = report.claims(made, "mnist-node", "cpu", ["unbiased"])
+    assert frame.loc["unbiased", "prediction time"]["verdict"] == "unclear"
+    assert frame.loc["unbiased", "NFE"]["verdict"] == "yes"
+
+
 def test_what_was_not_published_has_no_verdict():
     row = judged({"vanilla": [100, 101], "error": [50, 51]}, "error")
     assert row["verdict"] == report.EMPTY
