@@ -527,7 +527,7 @@ def _costs(name: str, printed: Sequence[str]):
 
 
 def _prediction_time(experiment, method, records):
-    """A claim on prediction times, if they were measured on equal terms, undisturbed."""
+    """A claim on prediction times that were measured apart and on equal terms."""
     both = [r for r in records if r["method"] in (method, "vanilla")]
     alike = len(_setup(both)) == 1 and all(map(_timed_apart, both))
     claim = _costs("predict_seconds", ["predict s/batch", "predict s"])
