@@ -182,7 +182,7 @@ def provenance(precision: str, devices: int = 1) -> dict:
     **Returns:**
 
     A dictionary: `device` (the model of the CPU or GPU, with their number if there are
-    several), `platform`, `precision`,
+    several), `platform`, `precision`, `xla_flags` (the environment variable),
     `versions`, `git_commit` and `git_clean` of the checkout that the package lives in
     (`None` outside one; records under `book/results` do not count as changes), and
     `started`, the time in UTC.
@@ -195,6 +195,7 @@ def provenance(precision: str, devices: int = 1) -> dict:
         "device": model if devices == 1 else f"{devices} x {model}",
         "platform": device.platform,
         "precision": precision,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "versions": {"python": platform.python_version()}
         | {package: _version(package) for package in _PACKAGES},
         "git_commit": commit,

@@ -389,9 +389,9 @@ def provenance_note(records: Sequence[dict], root: str = "book/results") -> str:
 
     **Returns:**
 
-    Number and folder of the records, seeds, devices, precision, versions, commits and
-    dates, each with all of its values where the records differ; and how many of the
-    times were measured side by side after the runs.
+    Number and folder of the records, seeds, devices, precision, `XLA_FLAGS` if there
+    are any, versions, commits and dates, each with all of its values where the records
+    differ; and how many of the times were measured side by side after the runs.
     """
     if not records:
         return "**Provenance.** No records."
@@ -402,11 +402,14 @@ def provenance_note(records: Sequence[dict], root: str = "book/results") -> str:
     devices = [
         f"{o['device']} ({o['platform']}, precision {o['precision']})" for o in origins
     ]
+    # Records from before they were noted have none.
+    flags = {f"XLA_FLAGS `{o['xla_flags']}`" for o in origins if o.get("xla_flags")}
     parts = (
         f"{len(records)} records in `{root}/{records[0]['experiment']}/"
         f"{records[0]['tier']}`",
         f"seeds {_distinct([record['seed'] for record in records])}",
         _distinct(devices),
+        *sorted(flags),
         ", ".join(versions),
         f"commit {_distinct([_commit(origin) for origin in origins])}",
         f"run on {_distinct([origin['started'][:10] for origin in origins])}",
@@ -661,18 +664,28 @@ def _color(method: str) -> str:
     return COLORS[method]
 
 
-def _curves(records: Sequence[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps that all seeds have in common, and the curve of each seed there."""
-    curves = [record["curves"] for record in records]
-    seeds = [dict(zip(c["step"], c[name], strict=True)) for c in curves]
-    steps = sorted(set.intersection(*map(set, seeds)))
-    return np.array(steps), np.array([[seed[step] for step in steps] for seed in seeds])
+def curves(records: Sequence[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A learning curve of each record, at the steps that all of them have in common.
+
+    **Arguments:**
+
+    - `records`: Records.
+    - `name`: For instance `"nfe"`.
+
+    **Returns:**
+
+    The steps, and an array with a row for each record and a column for each step.
+    """
+    logs = [record["curves"] for record in records]
+    rows = [dict(zip(log["step"], log[name], strict=True)) for log in logs]
+    steps = sorted(set.intersection(*map(set, rows)))
+    return np.array(steps), np.array([[row[step] for step in steps] for row in rows])
 
 
 def _draw_method(
     axes: "matplotlib.axes.Axes", method: str, records: Sequence[dict], name: str
 ) -> None:
-    step, values = _curves(records, name)
+    step, values = curves(records, name)
     values = values * _CURVES[name][1]
     if not values.any():
         return  # such as the penalty of vanilla, which a log axis cannot show

@@ -9,8 +9,11 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from lrnde import records, report
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+RESULTS = ROOT / "book" / "results"
 TARGETS = ["book", "test", "lint", "lab", "data", "bench", "clean", "help"]
 
 
@@ -75,3 +78,24 @@ def test_core_imports_without_the_extras():
     blocked |= {"sklearn", "IPython"}
     code = f"import sys; sys.modules.update(dict.fromkeys({sorted(blocked)})); "
     subprocess.run([sys.executable, "-c", code + "import lrnde"], cwd=ROOT, check=True)
+
+
+def test_the_readme_has_the_figures_of_the_records():
+    """Its table says what the records of the paper tier say, in the same order."""
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| (\w.*?) \|$", text, re.MULTILINE)
+    for experiment, row in zip(
+        ("mnist-node", "mnist-nsde", "physionet"), rows, strict=True
+    ):
+        found = records.load_all(RESULTS, experiment, "paper")
+        claims = report.claims(found, experiment, "paper").loc["unbiased"]
+        nfe, time, quality = claims["here"]
+        kind = "error {:+.1f} %" if experiment == "physionet" else "accuracy {:+.2f}"
+        sign = 1 if experiment == "physionet" else -1
+        expected = [
+            f"{nfe:.2f}",
+            f"{claims['published'].iloc[0]:.2f}",
+            f"{time:.2f}",
+            kind.format(sign * quality).replace("-0.00", "+0.00"),
+        ]
+        assert row.removesuffix(" points").split(" | ")[1:] == expected

@@ -67,6 +67,7 @@ def make_record(method="vanilla", seed=0, **changes):
             "device": "A processor",
             "platform": "cpu",
             "precision": "highest",
+            "xla_flags": "",
             "versions": dict.fromkeys(VERSIONS, "1.0"),
             "git_commit": 40 * "a",
             "git_clean": True,
@@ -340,6 +341,7 @@ def test_provenance_belongs_in_a_record():
     origin = records.provenance("highest")
     assert set(origin) == set(make_record()["provenance"])
     assert origin["device"] and origin["precision"] == "highest"
+    assert origin["xla_flags"] == os.environ.get("XLA_FLAGS", "")
     records.validate(records.seal(make_record(provenance=origin)))
 
 

@@ -193,6 +193,16 @@ def test_the_note_admits_doubts(origin, text):
     assert text in report.provenance_note([make_record(provenance=origin)])
 
 
+def test_the_note_names_flags_of_the_compiler():
+    flags = "--xla_gpu_enable_command_buffer=WHILE"
+    flagged = make_record(seed=1, provenance={"xla_flags": flags})
+    note = report.provenance_note([make_record(), flagged])
+    assert f"; XLA_FLAGS `{flags}`;" in note
+    early = make_record()
+    del early["provenance"]["xla_flags"]
+    assert "XLA_FLAGS" not in report.provenance_note([early])
+
+
 @pytest.mark.parametrize("apart", [True, False])
 def test_the_note_says_whether_times_were_measured_apart(apart):
     record = make_record()
@@ -414,6 +424,13 @@ def test_curves_are_means_over_seeds(seeds, data):
         heights = band.get_paths()[0].vertices[:, 1]
         top = np.max(np.mean(values, axis=0) + np.std(values, axis=0, ddof=1))
         assert heights.max() == pytest.approx(top)
+
+
+def test_curves_are_cut_to_the_steps_in_common():
+    early = make_record(seed=1, curves={"step": [0, 200, 400], "nfe": [9, 8, 7]})
+    steps, nfe = report.curves([make_record(), early], "nfe")
+    assert steps.tolist() == [0, 200]
+    assert nfe.tolist() == [[60, 50], [9, 8]]
 
 
 def test_methods_keep_their_colours_in_every_panel():
