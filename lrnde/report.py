@@ -7,6 +7,7 @@ pandas and the figures matplotlib: `pip install 'lrnde[book]'`.
 import contextlib
 import importlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import NamedTuple, TYPE_CHECKING
@@ -390,8 +391,9 @@ def provenance_note(records: Sequence[dict], root: str = "book/results") -> str:
     **Returns:**
 
     Number and folder of the records, seeds, devices, precision, `XLA_FLAGS` if there
-    are any, versions, commits and dates, each with all of its values where the records
-    differ; and how many of the times were measured side by side after the runs.
+    were any in the training, versions, commits and dates, each with all of its values
+    where the records differ; and how many of the times were measured side by side after
+    the runs.
     """
     if not records:
         return "**Provenance.** No records."
@@ -403,13 +405,13 @@ def provenance_note(records: Sequence[dict], root: str = "book/results") -> str:
         f"{o['device']} ({o['platform']}, precision {o['precision']})" for o in origins
     ]
     # Records from before they were noted have none.
-    flags = {f"XLA_FLAGS `{o['xla_flags']}`" for o in origins if o.get("xla_flags")}
+    flags = Counter(o["xla_flags"] for o in origins if o.get("xla_flags"))
     parts = (
         f"{len(records)} records in `{root}/{records[0]['experiment']}/"
         f"{records[0]['tier']}`",
         f"seeds {_distinct([record['seed'] for record in records])}",
         _distinct(devices),
-        *sorted(flags),
+        *(f"{n} trained with XLA_FLAGS `{text}`" for text, n in sorted(flags.items())),
         ", ".join(versions),
         f"commit {_distinct([_commit(origin) for origin in origins])}",
         f"run on {_distinct([origin['started'][:10] for origin in origins])}",
@@ -675,7 +677,13 @@ def curves(records: Sequence[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
     **Returns:**
 
     The steps, and an array with a row for each record and a column for each step.
+
+    **Raises:**
+
+    `ValueError` without records.
     """
+    if not records:
+        raise ValueError(f"no records, so no curve of {name}.")
     logs = [record["curves"] for record in records]
     rows = [dict(zip(log["step"], log[name], strict=True)) for log in logs]
     steps = sorted(set.intersection(*map(set, rows)))

@@ -197,7 +197,7 @@ def test_the_note_names_flags_of_the_compiler():
     flags = "--xla_gpu_enable_command_buffer=WHILE"
     flagged = make_record(seed=1, provenance={"xla_flags": flags})
     note = report.provenance_note([make_record(), flagged])
-    assert f"; XLA_FLAGS `{flags}`;" in note
+    assert f"; 1 trained with XLA_FLAGS `{flags}`;" in note
     early = make_record()
     del early["provenance"]["xla_flags"]
     assert "XLA_FLAGS" not in report.provenance_note([early])
@@ -431,6 +431,8 @@ def test_curves_are_cut_to_the_steps_in_common():
     steps, nfe = report.curves([make_record(), early], "nfe")
     assert steps.tolist() == [0, 200]
     assert nfe.tolist() == [[60, 50], [9, 8]]
+    with pytest.raises(ValueError, match="no records"):
+        report.curves([], "nfe")
 
 
 def test_methods_keep_their_colours_in_every_panel():
