@@ -77,6 +77,8 @@ def run_chapters(root: Path) -> None:
         )
         return result.excepted + result.errored  # what went wrong has been logged
 
+    # A core each: threads of one chapter would only get in the way of the others.
+    os.environ["NPROC"] = "1"  # XLA asks for it
     get_cache(folder).list_cache_records()  # makes the database before the threads do
     options = {"max_workers": os.cpu_count(), "desc": "Running chapters"}
     failed = sum(thread_map(run, chapters(root), **options), [])

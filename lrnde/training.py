@@ -122,7 +122,7 @@ class StepBudget:
     steps: int = 32
     limit: int = 16384
     smallest: int = 8
-    patience: int = 200
+    patience: int = 1000
     idle: int = 0
 
     def grow(self) -> bool:
@@ -416,6 +416,7 @@ def fit(
     key: PRNGKeyArray,
     regularizer: Regularizers = None,
     weight: optax.Schedule = optax.constant_schedule(1.0),  # noqa: B008
+    train_step: Callable | None = None,
     budget: StepBudget | None = None,
     sharding: PyTree[NamedSharding] | None = None,
     checkpoint: Path | None = None,
@@ -440,6 +441,8 @@ def fit(
     - `key`: A `jax.random.key`; step `k` uses `jax.random.fold_in(key, k)`.
     - `regularizer`: As for `lrnde.diffeqsolve`.
     - `weight`: The weight of the penalty, a function of the step.
+    - `train_step`: What `make_step` has made of these four. What one training compiled
+        serves the next that is given the same function. `None` makes a new one.
     - `budget`: The step budget to start with.
     - `sharding`: How to lay a batch over devices, `lrnde.training.shardings`: one for
         all of its arrays, or a tree of them with the structure of a batch. The model is
@@ -470,7 +473,8 @@ def fit(
     state = State(model, optimizer.init(params), budget=budget or StepBudget())
     if checkpoint is not None and checkpoint.exists():
         state = load_checkpoint(checkpoint, state, identity)
-    train_step = make_step(objective, optimizer, weight, regularizer)
+    if train_step is None:
+        train_step = make_step(objective, optimizer, weight, regularizer)
     compiled = set()
 
     def spread(tree):

@@ -10,6 +10,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 os.environ["MPLBACKEND"] = "Agg"  # no test opens a window
+os.environ["NPROC"] = (
+    "1"  # one thread for XLA, since as many tests run as there are cores
+)
 
 # Most of the time of a test is compilation, so the compiler shall not try hard. The
 # chapters whose results are times run without this.

@@ -32,6 +32,7 @@ from ._run import SOLVERS as SOLVERS
 from ._run import time_predictions as time_predictions
 from ._run import Times as Times
 from ._run import train as train
+from ._run import train_step as train_step
 from ._spiral import Spiral as Spiral
 
 EXPERIMENTS: dict[str, type[Config]] = {

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import numpy as np
 import optax
 
@@ -43,6 +44,10 @@ def classification(model: eqx.Module, batch, **kwargs) -> Evaluation:
         num_steps=prediction.num_steps,
         successful=prediction.successful,
     )
+
+
+def _logits(x, key, model):
+    return model(x, key=key, max_steps=MAX_STEPS).logits
 
 
 @eqx.filter_jit
@@ -143,7 +148,7 @@ class Classifier(DatasetConfig):
     def prediction(self, dataset) -> tuple[Callable, int]:
         x = jnp.asarray(dataset.x_test[: self.eval_batch_size])
         key = self.evaluation().get("key")
-        return lambda model: model(x, key=key, max_steps=MAX_STEPS).logits, len(x)
+        return jtu.Partial(_logits, x, key), len(x)
 
 
 @dataclass(frozen=True)

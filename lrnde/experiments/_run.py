@@ -7,9 +7,10 @@ The notebooks and `python -m lrnde.run` both call `run`. An experiment is a subc
 import abc
 import functools
 import itertools
+import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar, NamedTuple
@@ -197,6 +198,10 @@ class Config(abc.ABC):
         """The optimiser, its learning rate schedule included."""
         return OPTIMIZERS[self.optimizer](schedule(self.learning_rate, self.steps))
 
+    def budget(self) -> StepBudget:
+        """The step budget to start with."""
+        return StepBudget()
+
     def key(self, purpose: int) -> jax.Array:
         """A key of the run: 0 for its parameters, 1 for training, 2 for evaluation."""
         return jr.fold_in(jr.key(self.seed), purpose)
@@ -273,9 +278,18 @@ def time_predictions(
 
     From the name to the median wall time of one prediction, in seconds.
     """
-    compiled = eqx.filter_jit(predict)
-    calls = {name: functools.partial(compiled, model) for name, model in models.items()}
+    calls = {
+        name: functools.partial(_predict, predict, model)
+        for name, model in models.items()
+    }
     return _medians(interleave(calls, repeats))
+
+
+@eqx.filter_jit
+def _predict(predict, model):
+    # The runs of an experiment ask for equal predictions, a `jax.tree_util.Partial` of
+    # one function, and so compile them once.
+    return predict(model)
 
 
 def _medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
@@ -339,13 +353,34 @@ def train(
         key=config.key(1),
         regularizer=REGULARIZERS[config.method],
         weight=schedule(config.weight, config.steps),
-        budget=StepBudget(),
+        train_step=train_step(config),
+        budget=config.budget(),
         sharding=config.sharding() if shard else None,
         checkpoint=checkpoint,
         identity=records.config_hash(asdict(config)),
         deadline=deadline,
         progress=progress,
     )
+
+
+_TRAIN_STEPS: dict[str, Callable] = {}
+
+
+def train_step(config: Config) -> Callable:
+    """The training step of a configuration; see `lrnde.training.make_step`.
+
+    Configurations that differ in nothing but the seed get the same function, so one
+    process compiles it once for all seeds of a method.
+    """
+    settings = json.dumps(asdict(replace(config, seed=0)), sort_keys=True)
+    if settings not in _TRAIN_STEPS:
+        _TRAIN_STEPS[settings] = make_step(
+            config.objective,
+            config.make_optimizer(),
+            schedule(config.weight, config.steps),
+            REGULARIZERS[config.method],
+        )
+    return _TRAIN_STEPS[settings]
 
 
 def _record(config: Config, dataset, state: State, provenance) -> dict[str, Any]:
@@ -423,22 +458,12 @@ def measure(
 
 
 def _time_train_steps(configs, states, dataset, repeats) -> dict[str, float]:
-    # Seeds of one method share a compiled step.
-    steps = {
-        c.method: make_step(
-            c.objective,
-            c.make_optimizer(),
-            schedule(c.weight, c.steps),
-            REGULARIZERS[c.method],
-        )
-        for c in configs
-    }
     batch = configs[0].batches(dataset)(0)
     keys = itertools.count()
 
-    def train_step(config):
+    def next_step(config):
         state = states[config.name]
-        return steps[config.method](
+        return train_step(config)(
             state.model,
             state.opt_state,
             batch,
@@ -447,5 +472,5 @@ def _time_train_steps(configs, states, dataset, repeats) -> dict[str, float]:
             state.budget.steps,
         )
 
-    calls = {c.name: functools.partial(train_step, c) for c in configs}
+    calls = {c.name: functools.partial(next_step, c) for c in configs}
     return _medians(interleave(calls, repeats))

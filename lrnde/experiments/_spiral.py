@@ -6,12 +6,38 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 
 from .. import simulated
-from ..models import Paths, SpiralSDE
+from ..models import SpiralSDE
 from ..objectives import moment_distance
-from ..training import Evaluation
+from ..training import Evaluation, StepBudget
 from ._run import check_solved, Config, constant, MAX_STEPS
+
+
+def _objective(model, batch, **kwargs):
+    y0, times, means, variances = batch
+    paths = model(y0, times, **kwargs)
+    return Evaluation(
+        loss=moment_distance(paths.states, means, variances),
+        penalty=paths.penalty,
+        merits={},
+        nfe=paths.nfe,
+        num_steps=paths.num_steps,
+        successful=paths.successful,
+    )
+
+
+# Functions of their own, so that the runs of one process compile them once.
+@eqx.filter_jit
+def _evaluate(model, batch, key, trajectories):
+    return _objective(
+        model, batch, key=key, trajectories=trajectories, max_steps=MAX_STEPS
+    )
+
+
+def _paths(y0, times, key, trajectories, model):
+    return model(y0, times, key=key, trajectories=trajectories, max_steps=MAX_STEPS)
 
 
 @dataclass(frozen=True)
@@ -61,17 +87,12 @@ class Spiral(Config):
         batch = tuple(jnp.asarray(x) for x in dataset)
         return lambda step: batch
 
+    def budget(self):
+        # What a trained model takes; each smaller budget would be compiled in vain.
+        return StepBudget(steps=128)
+
     def objective(self, model, batch, **kwargs):
-        y0, times, means, variances = batch
-        paths = model(y0, times, trajectories=self.trajectories, **kwargs)
-        return Evaluation(
-            loss=moment_distance(paths.states, means, variances),
-            penalty=paths.penalty,
-            merits={},
-            nfe=paths.nfe,
-            num_steps=paths.num_steps,
-            successful=paths.successful,
-        )
+        return _objective(model, batch, trajectories=self.trajectories, **kwargs)
 
     def metrics(self, model, dataset):
         """The loss with fresh noise, under the names of training and test.
@@ -80,14 +101,10 @@ class Spiral(Config):
         """
         batch = self.batches(dataset)(0)
 
-        @eqx.filter_jit
-        def evaluate(model, key):
-            return self.objective(model, batch, key=key, max_steps=MAX_STEPS)
-
         scores = {}
         for part, name in enumerate(("train", "test")):
             keys = jr.split(jr.fold_in(self.key(2), part), self.evaluations)
-            found = [evaluate(model, key) for key in keys]
+            found = [_evaluate(model, batch, key, self.trajectories) for key in keys]
             for metric in ("loss", "nfe"):
                 values = [float(getattr(x, metric)) for x in found]
                 scores[f"{name}_{metric}"] = sum(values) / len(values)
@@ -96,11 +113,5 @@ class Spiral(Config):
 
     def prediction(self, dataset):
         y0, times, *_ = self.batches(dataset)(0)
-        key = self.key(2)
-
-        def predict(model) -> Paths:
-            return model(
-                y0, times, key=key, trajectories=self.trajectories, max_steps=MAX_STEPS
-            )
-
-        return predict, self.trajectories
+        settings = y0, times, self.key(2), self.trajectories
+        return jtu.Partial(_paths, *settings), self.trajectories
