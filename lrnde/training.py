@@ -115,7 +115,8 @@ class StepBudget:
     - `steps`: The budget to start with.
     - `limit`: A solve that needs more than this stops the training.
     - `smallest`: The budget is not halved below this.
-    - `patience`: Training steps after which an idle budget is halved.
+    - `patience`: Training steps after which an idle budget is halved: enough of them
+        to pay for the compilation.
     - `idle`: Training steps in a row that used at most half of the budget.
     """
 

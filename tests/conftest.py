@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import itertools
 import os
 import socket
@@ -13,6 +14,10 @@ os.environ["MPLBACKEND"] = "Agg"  # no test opens a window
 os.environ["NPROC"] = (
     "1"  # one thread for XLA, since as many tests run as there are cores
 )
+
+# Tracing makes many small objects that stay. Python would look through all of them time
+# and again for garbage, which took a tenth of the time of the tests.
+gc.set_threshold(100_000, 20, 20)
 
 # Most of the time of a test is compilation, so the compiler shall not try hard. The
 # chapters whose results are times run without this.

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import diffrax
@@ -297,6 +298,31 @@ def test_permuting_the_batch_permutes_the_prediction():
     np.testing.assert_allclose(
         model(x[order]).logits, model(x).logits[order], atol=1e-5
     )
+
+
+def test_seeds_share_what_is_compiled_and_nothing_else():
+    config = MNISTNode(method="unbiased", steps=3, hidden=4, tolerance=1e-2)
+    other = replace(config, seed=1)
+    shared = experiments.train_step(config)
+    assert experiments.train_step(other) is shared
+    heavier = replace(config, weight={"kind": "constant", "value": 2.0})
+    assert experiments.train_step(heavier) is not shared
+
+    dataset = data.digits()
+    after = [experiments.train(c, dataset, progress=False) for c in (config, other)]
+    alone = fit(
+        other.make_model(dataset),
+        other.objective,
+        other.batches(dataset),
+        steps=other.steps,
+        optimizer=other.make_optimizer(),
+        key=other.key(1),
+        regularizer=experiments.REGULARIZERS[other.method],
+        weight=schedule(other.weight, other.steps),
+        progress=False,
+    )
+    assert_same_state(after[1], alone)
+    assert after[1].history != after[0].history
 
 
 RUN = """
