@@ -442,8 +442,9 @@ def fit(
     - `key`: A `jax.random.key`; step `k` uses `jax.random.fold_in(key, k)`.
     - `regularizer`: As for `lrnde.diffeqsolve`.
     - `weight`: The weight of the penalty, a function of the step.
-    - `train_step`: What `make_step` has made of these four. What one training compiled
-        serves the next that is given the same function. `None` makes a new one.
+    - `train_step`: The `make_step` of this objective, optimizer, weight and
+        regularizer, if there is one already: trainings that are given the same one
+        share what it has compiled.
     - `budget`: The step budget to start with.
     - `sharding`: How to lay a batch over devices, `lrnde.training.shardings`: one for
         all of its arrays, or a tree of them with the structure of a batch. The model is

@@ -11,9 +11,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 os.environ["MPLBACKEND"] = "Agg"  # no test opens a window
-os.environ["NPROC"] = (
-    "1"  # one thread for XLA, since as many tests run as there are cores
-)
+os.environ["NPROC"] = "1"  # threads of XLA: as many tests run as there are cores
 
 # Tracing makes many small objects that stay. Python would look through all of them time
 # and again for garbage, which took a tenth of the time of the tests.

@@ -300,13 +300,18 @@ def test_permuting_the_batch_permutes_the_prediction():
     )
 
 
-def test_seeds_share_what_is_compiled_and_nothing_else():
+def test_seeds_share_what_is_compiled_and_nothing_else(monkeypatch):
     config = MNISTNode(method="unbiased", steps=3, hidden=4, tolerance=1e-2)
     other = replace(config, seed=1)
     shared = experiments.train_step(config)
     assert experiments.train_step(other) is shared
     heavier = replace(config, weight={"kind": "constant", "value": 2.0})
     assert experiments.train_step(heavier) is not shared
+    with monkeypatch.context() as patch:
+        anew = lrnde.LocalError("unbiased", samples=2)
+        patch.setitem(experiments.REGULARIZERS, "unbiased", anew)
+        assert experiments.train_step(config) is not shared
+    assert experiments.train_step(config) is shared
 
     dataset = data.digits()
     after = [experiments.train(c, dataset, progress=False) for c in (config, other)]

@@ -363,7 +363,7 @@ def train(
     )
 
 
-_TRAIN_STEPS: dict[str, Callable] = {}
+_TRAIN_STEPS: dict[tuple, Callable] = {}
 
 
 def train_step(config: Config) -> Callable:
@@ -373,14 +373,17 @@ def train_step(config: Config) -> Callable:
     process compiles it once for all seeds of a method.
     """
     settings = json.dumps(asdict(replace(config, seed=0)), sort_keys=True)
-    if settings not in _TRAIN_STEPS:
-        _TRAIN_STEPS[settings] = make_step(
+    # In a notebook, a class or a regularizer may be made anew under its old name.
+    regularizer = REGULARIZERS[config.method]
+    same = type(config), id(regularizer), settings
+    if same not in _TRAIN_STEPS:
+        _TRAIN_STEPS[same] = make_step(
             config.objective,
             config.make_optimizer(),
             schedule(config.weight, config.steps),
-            REGULARIZERS[config.method],
+            regularizer,
         )
-    return _TRAIN_STEPS[settings]
+    return _TRAIN_STEPS[same]
 
 
 def _record(config: Config, dataset, state: State, provenance) -> dict[str, Any]:
