@@ -79,6 +79,7 @@ def run_chapters(root: Path) -> None:
 
     # A core each: threads of one chapter would only get in the way of the others.
     os.environ["NPROC"] = "1"  # XLA asks for it
+    os.environ["PYTHONSTARTUP"] = str(root / "book" / "startup.py")  # IPython runs it
     get_cache(folder).list_cache_records()  # makes the database before the threads do
     options = {"max_workers": os.cpu_count(), "desc": "Running chapters"}
     # Later chapters are longer. With a short one at the end no core is idle for long.
