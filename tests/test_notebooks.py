@@ -47,6 +47,7 @@ def check_adjoints_and_memory(results):
 
 
 def check_mnist_node(results):
+    assert 0 < results["nfe_ratio_unbiased"] < 1
     assert 0 < results["nfe_ratio_biased"] < 1
     assert results["losses_finite"] is True
     assert results["record_written"] is True
