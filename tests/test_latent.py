@@ -96,6 +96,14 @@ def test_the_encoder_is_its_equations(mask):
         np.testing.assert_allclose(states[i], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_in_double_precision_reads_data_in_single(float64):
+    x, mask = observations()
+    encoder = GRUEncoder(CHANNELS, 5, 4, key=jr.key(3))
+    double, single = (encoder(TS, x.astype(t), mask) for t in (float, np.float32))
+    assert single.dtype == double.dtype == np.float64
+    np.testing.assert_allclose(single, double, rtol=1e-6)
+
+
 @given(observed=hnp.arrays(bool, (2, TIMES)))
 @settings(max_examples=20)
 def test_gaps_lead_to_the_next_observation(observed):

@@ -109,7 +109,7 @@ class GRUEncoder(eqx.Module):
             new = self._unit(state, v)
             return jnp.where(observed[:, None], new, state), None
 
-        state = jnp.zeros((len(x), len(self.gates)), x.dtype)
+        state = jnp.zeros((len(x), len(self.gates)), v.dtype)
         state, _ = lax.scan(read, state, (v, observed.T), reverse=True)
         return state
 
