@@ -455,6 +455,9 @@ def _doubts(record: dict) -> Iterator[str]:
         yield "no git commit: run it from a checkout"
     elif not origin["git_clean"]:
         yield "made from a tree with uncommitted changes: commit them and run again"
+    measured = origin.get("measured", origin)
+    if origin["git_clean"] and not measured.get("git_clean"):
+        yield "its times are of no committed code: commit it and measure again"
 
 
 def _mixtures(records: dict[pathlib.Path, dict]) -> Iterator[str]:

@@ -30,6 +30,9 @@ RUNS = ROOT / "runs"
 
 STOPPED = 75  # EX_TEMPFAIL: call again
 
+# What may differ between a run and the measurement of its times.
+MEASURED = ("xla_flags", "versions", "git_commit", "git_clean", "started")
+
 
 # What there is to run
 
@@ -270,6 +273,8 @@ def _run_one(config: Config, deadline: float, options: dict) -> str | None:
 def measure(configs: Sequence[Config]) -> None:
     """Times all finished runs, those of an experiment side by side, for their records.
 
+    A record's `provenance.measured` says with what code and compiler flags, and when.
+
     **Raises:**
 
     - `RuntimeError` if runs are in progress, which would take their share of the time.
@@ -282,20 +287,21 @@ def measure(configs: Sequence[Config]) -> None:
             "when nothing runs."
         )
     done = [config for config in configs if record_of(config).exists()]
-    here = records.provenance("")["device"]
+    here = records.provenance("")
     for config in done:
         record = records.load(record_of(config))
-        _check_measurable(config, record["provenance"]["device"], here)
+        _check_measurable(config, record["provenance"]["device"], here["device"])
     for group in _by_experiment(done).values():
-        _measure_side_by_side(group)
+        _measure_side_by_side(group, {name: here[name] for name in MEASURED})
 
 
-def _measure_side_by_side(configs: list[Config]) -> None:
+def _measure_side_by_side(configs: list[Config], origin: dict) -> None:
     times = experiments.measure(configs, checkpoint_of)
     for config in configs:
         record = records.load(record_of(config))
         del record["checksum"]
         record["times"].update(times[config.name]._asdict())
+        record["provenance"]["measured"] = origin
         records.save(record, RESULTS)
         predict, step = (1e3 * seconds for seconds in times[config.name])
         print(f"{title(config)}: predict {predict:.2f} ms, training step {step:.2f} ms")

@@ -419,6 +419,9 @@ FAULTS = {
     "uncommitted changes": lambda root: records.save(
         make_record(provenance={"git_clean": False}), root
     ),
+    "no committed code": lambda root: records.save(
+        make_record(provenance={"measured": {"git_clean": False}}), root
+    ),
     "more than the seed": lambda root: records.save(
         make_record(seed=6, config={"rtol": 1e-3}), root
     ),

@@ -1,5 +1,7 @@
 """`python -m lrnde.run`: what is run, what is kept, what is refused."""
 
+import os
+
 import pytest
 from filelock import FileLock
 
@@ -42,6 +44,9 @@ def test_runs_are_recorded_measured_and_not_repeated(tiny, monkeypatch, capsys):
     for record in records.load_all(run.RESULTS, "mnist-node", "tiny"):
         assert record["metrics"] == before[record["method"]]
         assert record["times"]["train_step_seconds"] > 0
+        ran, measured = record["provenance"], record["provenance"]["measured"]
+        assert measured["started"] >= ran["started"]
+        assert measured["xla_flags"] == os.environ["XLA_FLAGS"]
     monkeypatch.setattr(experiments, "run", None)  # would fail if it were called
     assert run.main(arguments) == 0
     capsys.readouterr()
@@ -55,7 +60,8 @@ def test_runs_are_recorded_measured_and_not_repeated(tiny, monkeypatch, capsys):
 
     # Times of this machine do not go into the record of another one.
     tiny.write_text(SETTINGS)
-    monkeypatch.setattr(records, "provenance", lambda *_: {"device": "other"})
+    elsewhere = records.provenance("") | {"device": "other"}
+    monkeypatch.setattr(records, "provenance", lambda *_: elsewhere)
     with pytest.raises(ValueError, match="measure it there"):
         run.main([*arguments, "--measure"])
 
