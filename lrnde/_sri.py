@@ -102,7 +102,10 @@ class AbstractSRI(diffrax.AbstractAdaptiveSolver, diffrax.AbstractItoSolver):
         drift, diffusion = terms.terms
         tableau = self.tableau
         dt = drift.contr(t0, t1)
-        noise = _iterated_integrals(self, diffusion, t0, t1)
+        # A batch element that has arrived takes steps of length zero, or less, beside
+        # those that have not. Nothing is kept of them, but no NaN may reach a gradient.
+        h = jnp.where(t1 > t0, t1 - t0, 1)
+        noise = _iterated_integrals(self, diffusion, t0, t1, h)
 
         def drift_at(node, y):
             return drift.vf(_time(node, t0, t1), y, args)
@@ -121,7 +124,7 @@ class AbstractSRI(diffrax.AbstractAdaptiveSolver, diffrax.AbstractItoSolver):
         f, g = [drift_at(0, y0)], [diffusion_at(0, y0)]
         for a0, a1, b0, b1 in zip(*tableau[:4], strict=True):
             y_drift = _sum(y0, drifts(a0), diffusions(b0, noise.chi2))
-            y_diffusion = _sum(y0, drifts(a1), diffusions(b1, jnp.sqrt(t1 - t0)))
+            y_diffusion = _sum(y0, drifts(a1), diffusions(b1, jnp.sqrt(h)))
             # A stage that adds nothing to the state is the first one again.
             f_next = f[0] if y_drift is y0 else drift_at(sum(a0), y_drift)
             g_next = g[0] if y_diffusion is y0 else diffusion_at(sum(a1), y_diffusion)
@@ -183,7 +186,7 @@ class _IteratedIntegrals(NamedTuple):
     chi3: PyTree[Array]
 
 
-def _iterated_integrals(solver, diffusion, t0, t1) -> _IteratedIntegrals:
+def _iterated_integrals(solver, diffusion, t0, t1, h) -> _IteratedIntegrals:
     try:
         path = diffusion.contr(t0, t1, use_levy=True)
     except TypeError:
@@ -194,9 +197,6 @@ def _iterated_integrals(solver, diffusion, t0, t1) -> _IteratedIntegrals:
             "space-time Levy area, as the second term's control: "
             "`diffrax.VirtualBrownianTree(..., levy_area=diffrax.SpaceTimeLevyArea)`."
         )
-    # A batch element that has arrived takes steps of length zero beside those that have
-    # not. Nothing of them is kept, but no NaN may reach a gradient.
-    h = jnp.where(t1 > t0, t1 - t0, 1)
 
     def chi1(w):
         length = h.astype(w.real.dtype)

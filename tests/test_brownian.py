@@ -25,12 +25,12 @@ def terms(path):
     )
 
 
-def solve(path, *, solver=None, a=1.0, dt0=0.7, tolerance=0.05, **kwargs):
+def solve(path, *, solver=None, a=1.0, t1=1.0, dt0=0.7, tolerance=0.05, **kwargs):
     return lrnde.diffeqsolve(
         terms(path),
         lrnde.SOSRI() if solver is None else solver,
         0.0,
-        1.0,
+        t1,
         dt0,
         jnp.linspace(0.2, 1, 4),
         a,
@@ -42,6 +42,10 @@ def solve(path, *, solver=None, a=1.0, dt0=0.7, tolerance=0.05, **kwargs):
 
 def path(area=AREAS[0], **kwargs):
     return lrnde.BrownianPath((4,), jr.key(0), area, **kwargs)
+
+
+def tree():
+    return diffrax.VirtualBrownianTree(0.0, 1.0, 1e-2, (4,), jr.key(0), AREAS[0])
 
 
 @named("area", AREAS)
@@ -160,6 +164,23 @@ def test_a_regularizer_changes_nothing_of_the_solve(float64):
     watched, _ = solve(path(), regularizer=lrnde.LocalError("error"), key=jr.key(3))
     np.testing.assert_array_equal(plain.ys, watched.ys)
     assert plain.stats["num_steps"] == watched.stats["num_steps"]
+
+
+@named("make", [path, tree])
+def test_a_solve_of_no_length_in_a_batch_has_no_error(make, float64):
+    """It is stepped along with the others, by less than nothing."""
+
+    def loss(a, t1):
+        sol, penalty = solve(
+            make(), a=a, t1=t1, key=jr.key(1), regularizer=lrnde.LocalError()
+        )
+        return jnp.sum(sol.ys) + penalty
+
+    batched = jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0))
+    values, gradients = batched(1.0, jnp.array([1.0, 0.0]))
+    assert jnp.all(jnp.isfinite(jnp.stack([values, gradients])))
+    np.testing.assert_allclose(values[1], jnp.linspace(0.2, 1, 4).sum())
+    assert gradients[1] == 0 != gradients[0]
 
 
 def test_too_many_rejected_steps_are_no_success():
