@@ -6,6 +6,7 @@ import diffrax
 import equinox as eqx
 import equinox.internal as eqxi
 from diffrax._heuristics import is_unsafe_sde
+from jax import lax
 
 from ._brownian import RememberingSolver
 from ._sampling import ControllerState
@@ -72,6 +73,14 @@ class TapeAdjoint(diffrax.AbstractAdjoint):
             inner_while_loop=inner_while_loop,
             outer_while_loop=_between_steps(outer_while_loop, solver),
             **kwargs,
+        )
+        # That is all of the state for which a derivative is an error.
+        shown = lambda final: final[0].progress_meter_state  # noqa: E731
+        final_state = eqx.tree_at(
+            shown,
+            final_state,
+            lax.stop_gradient(shown(final_state)),
+            is_leaf=lambda x: x is None,
         )
         if max_steps is None:
             final_state = eqxi.nondifferentiable_backward(

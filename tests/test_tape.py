@@ -189,6 +189,22 @@ def test_the_loop_itself():
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_a_progress_meter_has_no_derivative():
+    def end(y0, **kwargs):
+        return diffrax.diffeqsolve(
+            *problem(lrnde.Bosh3())[:5],
+            y0,
+            matrix(),
+            stepsize_controller=CONTROLLER,
+            adjoint=lrnde.TapeAdjoint(),
+            **kwargs,
+        ).ys.sum()
+
+    meter = diffrax.TextProgressMeter()
+    shown = jax.grad(lambda y0: end(y0, progress_meter=meter))(Y0)
+    np.testing.assert_allclose(shown, jax.grad(end)(Y0), rtol=1e-6)
+
+
 def test_what_cannot_be_taped():
     with pytest.raises(ValueError, match="at least one row"):
         lrnde.TapeAdjoint(rows=0)
