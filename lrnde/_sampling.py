@@ -115,7 +115,7 @@ def _offer(reservoir: Reservoir, step: Step, weight, keep_step, uniforms) -> Res
         length=reservoir.length + jnp.where(keep_step, step.t1 - step.t0, 0),
         total=total,
         threshold=jnp.where(replace, total / draw, reservoir.threshold),
-        replacements=reservoir.replacements + replace,
+        replacements=reservoir.replacements + replace.astype(jnp.int32),
     )
 
 
@@ -203,7 +203,7 @@ class StepSampler(diffrax.AbstractAdaptiveStepSizeController):
         evaluated = state.evaluate_first_stage
         new_state = ControllerState(
             inner,
-            state.first_stages + evaluated,
+            state.first_stages + evaluated.astype(jnp.int32),
             jnp.where(keep_step, made_jump, evaluated),
             reservoirs or None,
         )

@@ -268,6 +268,18 @@ def test_an_empty_interval_has_no_error(getkey):
     assert penalty == 0 and sol.stats["num_steps"] == 0
 
 
+@pytest.mark.parametrize("promotion", ["standard", "strict"])
+def test_types_are_promoted_by_nobody_else(promotion):
+    with jax.numpy_dtype_promotion(promotion):
+        sol, penalty = lrnde.diffeqsolve(
+            *problem(diffrax.Bosh3()),
+            stepsize_controller=CONTROLLER,
+            regularizer=[lrnde.LocalError(), lrnde.GlobalError()],
+            key=jr.key(0),
+        )
+    assert penalty > 0 and sol.stats["nfe"] > 4
+
+
 @named(
     ("change", "error", "says"),
     [
