@@ -180,6 +180,10 @@ _CALLS = (
 )
 
 
+# Operations of which some arguments may be scalars.
+_ALIKE = ("clamp", "max", "min", "select_n")
+
+
 def _in_known_operations(function, *args):
     """The same function without calls and custom derivatives, which stop `jet`."""
     closed = jax.make_jaxpr(function)(*args)
@@ -201,6 +205,18 @@ def _run(jaxpr: Jaxpr, consts, args):
                 getattr(called, "consts", []),
             )
             outputs = _run(inner, consts, inputs)
+        elif eqn.primitive.name in _ALIKE:
+            # Taylor mode wants arrays of one shape where a scalar would do.
+            shape = eqn.outvars[0].aval.shape
+            inputs = [
+                lax.broadcast(x, shape[: len(shape) - jnp.ndim(x)]) for x in inputs
+            ]
+            outputs = [eqn.primitive.bind(*inputs, **eqn.params)]
+        elif eqn.primitive.name == "rem":
+            # Taylor mode rounds the quotient down, also where it is negative.
+            quotient = inputs[0] / inputs[1]
+            whole = lax.sign(quotient) * lax.floor(lax.abs(quotient))
+            outputs = [inputs[0] - whole * inputs[1]]
         elif _is_whole_power(eqn):
             # Taylor mode takes a power for the exponential of a logarithm, which is
             # wrong for what is negative.
@@ -283,7 +299,8 @@ def augment(
     terms, y0, saveat, controller, event = problem
     drawn = tuple(x.draw(key, y0) for x, key in zip(regularizers, keys, strict=True))
     field = AugmentedField(terms, regularizers, drawn)
-    dtype = jnp.finfo(jnp.result_type(*jtu.tree_leaves(y0))).dtype
+    # Solvers take no real numbers beside complex ones.
+    dtype = jnp.result_type(*jtu.tree_leaves(y0))
     zeros = tuple(jnp.zeros((), dtype) for _ in regularizers)
     if not isinstance(adjoint, diffrax.BacksolveAdjoint):
         saveat = _save_integrals(saveat)
@@ -307,7 +324,7 @@ def read_integrals(
     else:
         ts, (ys, integrals) = sol.ts[0], sol.ys
         sol = eqx.tree_at(lambda s: (s.ts, s.ys), sol, (ts, ys), is_leaf=_is_none)
-    return strip(sol), tuple(x[-1] for x in integrals)
+    return strip(sol), tuple(jnp.real(x[-1]) for x in integrals)
 
 
 def _is_none(x) -> bool:

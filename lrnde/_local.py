@@ -58,7 +58,8 @@ def local_penalty(
         if noise is not None:
             # A new step has new noise.
             noise = world.path.draw(jr.fold_in(key, 2), step.t1 - step.t0)
-    # Not |t1 - t0|: an event may have ended the solve before t1.
+    # Not |t1 - t0|: an event may have ended the solve before t1. The step that it ended
+    # was taken as a whole, and may have been drawn.
     length = lax.stop_gradient(reservoir.length)
     return length * regularizer.measure(_take(world, step, noise))
 

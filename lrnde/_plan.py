@@ -3,6 +3,9 @@
 from typing import Any, NamedTuple
 
 import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
@@ -61,10 +64,11 @@ def make_plan(regularizer: Regularizers, key: PRNGKeyArray | None) -> Plan:
 
     **Raises:**
 
-    - `TypeError`, naming what is not a regularizer.
+    - `TypeError`, naming what is not a regularizer, a weight or a key.
     - `ValueError` if one draws random numbers and there is no key.
     """
     pairs = _pairs(regularizer)
+    _check_key(key)
     for _, x in pairs:
         if x.random and key is None:
             raise ValueError(
@@ -82,12 +86,25 @@ def make_plan(regularizer: Regularizers, key: PRNGKeyArray | None) -> Plan:
     return Plan(local, sums, integrals, of(Steer))
 
 
+def _check_key(key) -> None:
+    if key is None:
+        return
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(
+        key.dtype, jax.dtypes.prng_key
+    )
+    if jnp.shape(key) != (() if typed else (2,)):
+        raise TypeError(
+            f"key={key!r} is not one random key. Pass `key=jax.random.key(...)`; for a "
+            "batch of keys use `jax.vmap`."
+        )
+
+
 def _pairs(regularizer: Regularizers) -> list[tuple[Any, AbstractRegularizer]]:
     if regularizer is None:
         return []
     given = regularizer if isinstance(regularizer, list | tuple) else [regularizer]
     pairs = [x if isinstance(x, tuple) and len(x) == 2 else (1, x) for x in given]
-    for _, x in pairs:
+    for weight, x in pairs:
         if not isinstance(x, _KINDS):
             raise TypeError(
                 f"regularizer={x!r} is not a regularizer; pass an instance, for example"
@@ -95,6 +112,10 @@ def _pairs(regularizer: Regularizers) -> list[tuple[Any, AbstractRegularizer]]:
                 " `(weight, instance)`. One of your own derives from "
                 "`lrnde.AbstractLocalRegularizer`, `lrnde.AbstractGlobalRegularizer` or"
                 " `lrnde.AbstractIntegralRegularizer`."
+            )
+        if not eqx.is_array_like(weight) or jnp.shape(weight) != ():
+            raise TypeError(
+                f"the weight {weight!r} of {type(x).__name__} is not a single number."
             )
     return pairs
 
@@ -114,7 +135,9 @@ def _samples(item: Item) -> list[Item]:
     ]
 
 
-def check_plan(plan: Plan, terms, solver, controller, adjoint, solver_state) -> None:
+def check_plan(
+    plan: Plan, terms, solver, controller, adjoint, solver_state, old_event
+) -> None:
     """Refuses what a solve cannot do.
 
     **Arguments:**
@@ -122,6 +145,7 @@ def check_plan(plan: Plan, terms, solver, controller, adjoint, solver_state) -> 
     - `plan`: What the regularizers ask for.
     - `terms`, `solver`, `controller`, `adjoint`, `solver_state`: As passed to
         `lrnde.diffeqsolve`.
+    - `old_event`: The `discrete_terminating_event` passed to it.
 
     **Raises:**
 
@@ -132,7 +156,7 @@ def check_plan(plan: Plan, terms, solver, controller, adjoint, solver_state) -> 
     for _, x, _ in plan.sums:
         _check_step_by_step(x, adjoint)
     for _, x, _ in plan.integrals:
-        _check_integral(x, terms, adjoint, solver_state)
+        _check_integral(x, terms, adjoint, solver_state, old_event)
 
 
 def _check_steps(regularizer: AbstractStepRegularizer, solver, controller) -> None:
@@ -155,7 +179,7 @@ def _check_step_by_step(regularizer: AbstractGlobalRegularizer, adjoint) -> None
         )
 
 
-def _check_integral(regularizer, terms, adjoint, solver_state) -> None:
+def _check_integral(regularizer, terms, adjoint, solver_state, old_event) -> None:
     name = type(regularizer).__name__
     if not isinstance(terms, diffrax.ODETerm):
         raise TypeError(
@@ -171,4 +195,9 @@ def _check_integral(regularizer, terms, adjoint, solver_state) -> None:
     if solver_state is not None:
         raise ValueError(
             f"{name} starts with the solve: it cannot go on from a `solver_state`."
+        )
+    if old_event is not None:
+        raise ValueError(
+            f"{name} is integrated along with the state, which a "
+            "`discrete_terminating_event` would see. Use `event=diffrax.Event(...)`."
         )

@@ -80,8 +80,10 @@ class AbstractLocalRegularizer(AbstractStepRegularizer):
     def __check_init__(self):
         _check_choice("sampling", self.sampling, SAMPLINGS)
         _check_choice("step", self.step, ("taken", "restarted"))
-        if self.samples < 1:
-            raise ValueError(f"samples={self.samples}: at least one step is measured.")
+        if type(self.samples) is not int or self.samples < 1:
+            raise ValueError(
+                f"samples={self.samples}: it is a whole number of steps, at least one."
+            )
 
 
 class AbstractGlobalRegularizer(AbstractStepRegularizer):
@@ -114,8 +116,8 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 _LOCAL = """
 
     The penalty is $T$ times the measure of one step, where $T = |t_1 - t_0|$ is the
-    length of the whole solve (up to the event, if one ended it). The step is drawn
-    during the solve:
+    length of the whole solve (to the end of the step in which an event ended it, if
+    one did). The step is drawn during the solve:
 
     - `"unbiased"`: with probability proportional to its length, which is to say the
         step that contains a uniformly distributed time;

@@ -85,7 +85,15 @@ def diffeqsolve(
     - Whatever `diffrax.diffeqsolve` raises.
     """
     plan = make_plan(regularizer, key)
-    check_plan(plan, terms, solver, stepsize_controller, adjoint, solver_state)
+    check_plan(
+        plan,
+        terms,
+        solver,
+        stepsize_controller,
+        adjoint,
+        solver_state,
+        kwargs.get("discrete_terminating_event"),
+    )
     adaptive = isinstance(
         stepsize_controller, diffrax.AbstractAdaptiveStepSizeController
     )

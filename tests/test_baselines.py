@@ -15,6 +15,7 @@ from problems import CONTROLLER, forced, matrix, problem, SPLIT, TERM, Y0
 from test_regularizers import errors_and_lengths, saved_steps, type_name
 
 import lrnde
+from lrnde._plan import _check_key
 
 named = pytest.mark.parametrize
 STEP_BY_STEP = [
@@ -268,6 +269,18 @@ def test_the_total_derivative_is_that_of_nested_jvps(order, float64, getkey):
     close(found, nested_derivative(field, order)(t, y), 1e-9)
 
 
+def test_the_total_derivative_of_pieces(float64, getkey):
+    """Operations that Taylor mode alone gets wrong, or only knows for equal shapes."""
+
+    def field(t, y):
+        inside = jnp.clip(y, -0.5, 1.0) * y + jnp.hypot(y, 1.0)
+        return inside * jax.nn.celu(y) + jnp.fmod(y, 0.6) * y
+
+    t, y = jnp.array(0.3), jnp.array([-1.7, -0.4, 0.2, 1.3])
+    found = lrnde.total_derivative(field, t, y, 3)
+    close(found, nested_derivative(field, 3)(t, y), 1e-9)
+
+
 def test_the_total_derivative_of_a_known_solution(float64):
     """y = sin(w t) with its derivative: the K-th derivative is known."""
 
@@ -409,6 +422,29 @@ def test_integrals_refuse_what_they_cannot_do(regularizer, getkey):
     with pytest.raises(ValueError, match="ImplicitAdjoint"):
         adjoint = diffrax.ImplicitAdjoint()
         lrnde.diffeqsolve(TERM, lrnde.Tsit5(), *arguments, adjoint=adjoint, **kwargs)
+    with pytest.raises(ValueError, match=r"event=diffrax\.Event"):
+        kwargs["discrete_terminating_event"] = diffrax.SteadyStateEvent()
+        lrnde.diffeqsolve(TERM, lrnde.Tsit5(), *arguments, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:Complex dtype")
+def test_integrals_beside_a_complex_state(float64, getkey):
+    def penalty(solver):
+        return lrnde.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: 1j * y),
+            solver,
+            0.0,
+            2.0,
+            None,
+            jnp.array([1.0 + 1.0j, 2.0]),
+            regularizer=[lrnde.Kinetic(), lrnde.Taylor(2)],
+            key=getkey(),
+            stepsize_controller=CONTROLLER,
+        )[1]
+
+    # |y| and so the integrands are constant: 3 for the energy, the Jacobian's 1, and 3.
+    close(penalty(diffrax.Bosh3()), 2 * (3 + 1 + 3), 1e-3)
+    close(penalty(lrnde.Bosh3()), 2 * (3 + 1 + 3), 1e-3)
 
 
 # STEER
@@ -524,6 +560,18 @@ def test_local_regularizers_draw_steps_of_their_own(float64, getkey):
 def test_what_is_not_a_regularizer_is_named(regularizer, getkey):
     with pytest.raises(TypeError, match="regularizer"):
         penalty_of(None, regularizer, key=getkey())
+
+
+@named("weight", [None, "1", jnp.ones(2)], ids=["none", "text", "vector"])
+def test_a_weight_is_a_number(weight, getkey):
+    with pytest.raises(TypeError, match="is not a single number"):
+        penalty_of(None, [(weight, lrnde.LocalError())], key=getkey())
+
+
+@named("key", [0, jr.split(jr.key(0), 3)], ids=["seed", "batch"])
+def test_a_key_is_one_key(key):
+    with pytest.raises(TypeError, match="is not one random key"):
+        _check_key(key)  # the tests' type checker would not let it come so far
 
 
 def test_a_regularizer_of_no_kind_is_refused():
