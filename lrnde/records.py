@@ -19,10 +19,11 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ._files import write_atomically
 
@@ -143,6 +144,7 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+@functools.cache  # what is committed later is not the code that runs
 def _git_state() -> tuple[str | None, bool | None]:
     # An installed copy may sit, ignored, inside the checkout of another project,
     # whose commit says nothing about this code.
@@ -182,9 +184,10 @@ def provenance(precision: str, devices: int = 1) -> dict:
     **Returns:**
 
     A dictionary: `device` (the model of the CPU or GPU, with their number if there are
-    several), `platform`, `precision`, `xla_flags` (the environment variable),
-    `versions`, `git_commit` and `git_clean` of the checkout that the package lives in
-    (`None` outside one; records under `book/results` do not count as changes), and
+    several), `platform`, `precision`, `dtype` (JAX's type of a real number),
+    `xla_flags` (the environment variable), `versions`, `git_commit` and `git_clean` of
+    the checkout that the package lives in (`None` outside one; records under
+    `book/results` do not count as changes) when this process first asked, and
     `started`, the time in UTC.
     """
     device = jax.devices()[0]
@@ -195,6 +198,7 @@ def provenance(precision: str, devices: int = 1) -> dict:
         "device": model if devices == 1 else f"{devices} x {model}",
         "platform": device.platform,
         "precision": precision,
+        "dtype": jnp.result_type(float).name,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "versions": {"python": platform.python_version()}
         | {package: _version(package) for package in _PACKAGES},
@@ -202,6 +206,35 @@ def provenance(precision: str, devices: int = 1) -> dict:
         "git_clean": clean,
         "started": now.isoformat(timespec="seconds"),
     }
+
+
+def joined(origins: Sequence[dict]) -> dict:
+    """The provenance of a run at which several processes worked, one after another.
+
+    **Arguments:**
+
+    - `origins`: The `provenance` of each, in their order; at least one.
+
+    **Returns:**
+
+    The last one, which evaluated the run, with the first one's `started`; in `earlier`
+    those before it that differ from it in more than the time, if there are any.
+    """
+
+    def same(one, other):
+        return one | {"started": None} == other | {"started": None}
+
+    last, earlier = origins[-1], []
+    for origin in origins:
+        if not any(same(origin, known) for known in [last, *earlier]):
+            earlier.append(origin)
+    found = last | {"started": origins[0]["started"]}
+    return found | {"earlier": earlier} if earlier else found
+
+
+def all_origins(record: dict) -> list[dict]:
+    """Where the numbers of a record come from: one provenance or several."""
+    return [record["provenance"], *record["provenance"].get("earlier", [])]
 
 
 # Validation
@@ -450,22 +483,24 @@ def load_all(root: str | os.PathLike, experiment: str, tier: str) -> list[dict]:
 
 
 def _doubts(record: dict) -> Iterator[str]:
-    origin = record["provenance"]
-    if origin["git_commit"] is None:
-        yield "no git commit: run it from a checkout"
-    elif not origin["git_clean"]:
-        yield "made from a tree with uncommitted changes: commit them and run again"
-    measured = origin.get("measured", origin)
-    if origin["git_clean"] and not measured.get("git_clean"):
+    again = "delete the record and its checkpoint, and run again"
+    origins = all_origins(record)
+    if any(origin["git_commit"] is None for origin in origins):
+        yield f"no git commit: {again} from a checkout"
+    elif not all(origin["git_clean"] for origin in origins):
+        yield f"made from a tree with uncommitted changes: commit them, {again}"
+    elif not record["provenance"].get("measured", origins[0])["git_clean"]:
         yield "its times are of no committed code: commit it and measure again"
 
 
 def _mixtures(records: dict[pathlib.Path, dict]) -> Iterator[str]:
-    """Seeds of one method must differ in nothing but the seed."""
+    """Seeds of one method must differ in nothing but the seed, and the machine."""
     settings: dict[tuple, str] = {}
     for path, record in records.items():
         group = (path.parent, record["method"])
         config = {k: v for k, v in record["config"].items() if k != "seed"}
+        # Records from before it was noted are all of this type.
+        config["dtype"] = record["provenance"].get("dtype", "float32")
         if settings.setdefault(group, config_hash(config)) != config_hash(config):
             yield f"{path}: its config differs from other seeds' in more than the seed"
 
@@ -490,6 +525,9 @@ def check(root: str | os.PathLike) -> list[str]:
             records[path] = load(path)
         except ValueError as error:
             problems.append(str(error))
+            continue
+        except (OSError, RecursionError) as error:
+            problems.append(f"{path}: cannot be read ({error})")
             continue
         problems += [f"{path}: {doubt}" for doubt in _doubts(records[path])]
     problems += _mixtures(records)

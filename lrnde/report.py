@@ -15,7 +15,7 @@ from typing import NamedTuple, TYPE_CHECKING
 import numpy as np
 
 from ._published import SOURCES, TABLES
-from .records import path_of
+from .records import all_origins, path_of
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -346,7 +346,8 @@ def findings(records: Sequence[dict]) -> str:
     **Returns:**
 
     A list: NFE and figure of merit of vanilla; for each other method its NFE and times
-    relative to vanilla's, and how far its figure of merit is from vanilla's.
+    relative to vanilla's, and how far its figure of merit is from vanilla's. Times of
+    another device are left out.
     """
     rows = summary(records)
     base = rows.pop("vanilla", None)
@@ -361,12 +362,16 @@ def findings(records: Sequence[dict]) -> str:
         change = f"{gap:+.2f} points"
         if relative:
             change = f"{100 * gap / (factor * base[merit]):+.1f} %"
-        lines.append(
-            f"- *{method}*: {row['nfe_ratio']:.3f} times the NFE of vanilla, "
-            f"{row['predict_ratio']:.3f} times its prediction time, "
-            f"{row['train_step_ratio']:.3f} times its time for a training step; {name} "
-            f"{change}."
-        )
+        costs = [
+            f"{row[ratio]:.3f} times {what}"
+            for ratio, what in (
+                ("nfe_ratio", "the NFE of vanilla"),
+                ("predict_ratio", "its prediction time"),
+                ("train_step_ratio", "its time for a training step"),
+            )
+            if not math.isnan(row[ratio])
+        ]
+        lines.append(f"- *{method}*: {', '.join(costs)}; {name} {change}.")
     return "\n".join(lines)
 
 
@@ -398,14 +403,18 @@ def provenance_note(records: Sequence[dict], root: str = "book/results") -> str:
     if not records:
         return "**Provenance.** No records."
     _by_method(records)
-    origins = [record["provenance"] for record in records]
+    origins = [origin for record in records for origin in all_origins(record)]
     names = origins[0]["versions"]
     versions = (f"{n} {_distinct([o['versions'][n] for o in origins])}" for n in names)
     devices = [
         f"{o['device']} ({o['platform']}, precision {o['precision']})" for o in origins
     ]
     # Records from before they were noted have none.
-    flags = Counter(o["xla_flags"] for o in origins if o.get("xla_flags"))
+    flags = Counter(
+        text
+        for record in records
+        for text in {o.get("xla_flags") for o in all_origins(record)} - {None, ""}
+    )
     parts = (
         f"{len(records)} records in `{root}/{records[0]['experiment']}/"
         f"{records[0]['tier']}`",
@@ -680,11 +689,14 @@ def curves(records: Sequence[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
 
     **Raises:**
 
-    `ValueError` without records.
+    `ValueError` without records, or if one has no such curve.
     """
     if not records:
         raise ValueError(f"no records, so no curve of {name}.")
     logs = [record["curves"] for record in records]
+    for log in logs:
+        if name not in log:
+            raise ValueError(f"no curve of {name} in these records: {', '.join(log)}.")
     rows = [dict(zip(log["step"], log[name], strict=True)) for log in logs]
     steps = sorted(set.intersection(*map(set, rows)))
     return np.array(steps), np.array([[row[step] for step in steps] for row in rows])
@@ -724,7 +736,8 @@ def learning_curves(
 
     **Raises:**
 
-    `ValueError` if a quantity is unknown or a method has no colour.
+    `ValueError` if a quantity is unknown or not in the records, or a method has no
+    colour.
     """
     for name in set(quantity) - set(_CURVES):
         raise ValueError(f"unknown quantity {name!r}; known: {', '.join(_CURVES)}")

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from . import experiments, records
 from .experiments import Config
-from .training import steps_done, TrainingError
+from .training import history_of, steps_done, TrainingError
 
 ROOT = Path(__file__).parents[1]
 PARAMS = ROOT / "notebooks" / "params"
@@ -151,7 +151,10 @@ def in_progress() -> list[str]:
 
 def _seconds_of_a_run(config: Config, device: str) -> float | None:
     """What such runs took on this device: of the same method, or else of any."""
-    there = records.load_all(RESULTS, config.experiment, config.tier)
+    try:
+        there = records.load_all(RESULTS, config.experiment, config.tier)
+    except ValueError:  # which `check-results` tells; this is only an estimate
+        return None
     took = [
         (r["method"], r["times"]["train_seconds"] + r["times"]["compile_seconds"])
         for r in there
@@ -185,13 +188,12 @@ def seconds_left(configs: Iterable[Config], device: str) -> tuple[float, int]:
     return total, unknown
 
 
-def _outlook(configs: Iterable[Config]) -> str:
+def _outlook(configs: Iterable[Config], workers: int) -> str:
     left = missing(configs)
     if not left:
         return "none left"
     seconds, unknown = seconds_left(left, records.provenance("")["device"])
-    # Processes that share the work finish it so much sooner; this one is the first.
-    workers = 1 + len(in_progress())
+    # Processes that share the work finish it so much sooner.
     hours, minutes = divmod(round(seconds / workers / 60), 60)
     about = f"about {hours} h {minutes} min" if seconds else "time unknown"
     more = f" and {unknown} of unknown length" if unknown and seconds else ""
@@ -212,8 +214,8 @@ def run(configs: Sequence[Config], deadline: float = math.inf, **options) -> int
 
     **Returns:**
 
-    An exit code: 0 if there is nothing left to do here, `STOPPED` if the time was up or
-    Ctrl-C was pressed, 1 if a run failed. The others are still run.
+    An exit code: 1 if a run failed (the others are still run); else `STOPPED` if the
+    time was up or Ctrl-C was pressed, and 0 if there is nothing left to do here.
 
     **Raises:**
 
@@ -226,7 +228,7 @@ def run(configs: Sequence[Config], deadline: float = math.inf, **options) -> int
         if record_of(config).exists():
             continue
         if time.monotonic() > deadline:
-            return STOPPED
+            return code or STOPPED
         # `in_progress` of another process may have the lock for a moment.
         with _claim(lock_of(config), wait=1.0) as mine:
             if not mine:
@@ -234,6 +236,8 @@ def run(configs: Sequence[Config], deadline: float = math.inf, **options) -> int
                 continue
             if record_of(config).exists():  # written since
                 continue
+            with _measurement():  # waits for the end of one
+                pass
             try:
                 line = _run_one(config, deadline, options)
             except RuntimeError as error:
@@ -241,10 +245,13 @@ def run(configs: Sequence[Config], deadline: float = math.inf, **options) -> int
                 print(f"{title(config)}: failed: {error}", flush=True)
                 code = 1
                 continue
+            except KeyboardInterrupt:  # elsewhere than between two training steps
+                line = None
         if line is None:
             print(f"{title(config)}: stopped at step {_done(config)}; call again")
-            return STOPPED
-        print(f"{title(config)}: {line}; {_outlook(configs)}", flush=True)
+            return code or STOPPED
+        outlook = _outlook(configs, workers=1 + len(in_progress()))
+        print(f"{title(config)}: {line}; {outlook}", flush=True)
     return code
 
 
@@ -278,21 +285,28 @@ def measure(configs: Sequence[Config]) -> None:
     **Raises:**
 
     - `RuntimeError` if runs are in progress, which would take their share of the time.
-    - `ValueError` if a run was made on another device.
+    - `ValueError` if a run was made on another device, or its trained model is not the
+        one that was evaluated.
     - `FileNotFoundError` if the trained model of a run is not at hand.
     """
-    if busy := in_progress():
-        raise RuntimeError(
-            f"{', '.join(busy)} in progress: a busy machine gives no times. Measure "
-            "when nothing runs."
-        )
-    done = [config for config in configs if record_of(config).exists()]
-    here = records.provenance("")
-    for config in done:
-        record = records.load(record_of(config))
-        _check_measurable(config, record["provenance"]["device"], here["device"])
-    for group in _by_experiment(done).values():
-        _measure_side_by_side(group, {name: here[name] for name in MEASURED})
+    with _measurement():
+        if busy := in_progress():
+            raise RuntimeError(
+                f"{', '.join(busy)} in progress: a busy machine gives no times. "
+                "Measure when nothing runs."
+            )
+        done = [config for config in configs if record_of(config).exists()]
+        here = records.provenance("")
+        for config in done:
+            _check_measurable(config, records.load(record_of(config)), here["device"])
+        for group in _by_experiment(done).values():
+            _measure_side_by_side(group, {name: here[name] for name in MEASURED})
+
+
+def _measurement() -> FileLock:
+    """Held while times are measured; no run starts meanwhile."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    return FileLock(RUNS / "measurement.lock")
 
 
 def _measure_side_by_side(configs: list[Config], origin: dict) -> None:
@@ -307,16 +321,24 @@ def _measure_side_by_side(configs: list[Config], origin: dict) -> None:
         print(f"{title(config)}: predict {predict:.2f} ms, training step {step:.2f} ms")
 
 
-def _check_measurable(config: Config, device: str, here: str) -> None:
+def _check_measurable(config: Config, record: dict, here: str) -> None:
+    device, checkpoint = record["provenance"]["device"], checkpoint_of(config)
     if device != here:
         raise ValueError(
             f"{title(config)} ran on {device}, this is {here}: measure it there, or "
-            "its record would mix two machines."
+            "its record would mix two machines. (What was trained with --shard is not "
+            "measured: leave it out with --method and --seed.)"
         )
-    if not checkpoint_of(config).exists():
+    if not checkpoint.exists():
         raise FileNotFoundError(
-            f"{title(config)} has a record, but no trained model in "
-            f"{checkpoint_of(config)}: copy that file here, or run it again."
+            f"{title(config)} has a record, but no trained model in {checkpoint}: copy "
+            "that file here, or run it again."
+        )
+    finished = steps_done(checkpoint) == config.steps
+    if not finished or history_of(checkpoint).curves != record["curves"]:
+        raise ValueError(
+            f"{title(config)}: {checkpoint} is not the model that the record is of. "
+            "Bring back the right one, or delete both and run it again."
         )
 
 
@@ -337,7 +359,7 @@ def show(configs: Sequence[Config], all_of_them: bool) -> None:
         print(f"{experiment}: {len(runs) - len(left)} of {len(runs)} runs have records")
         for config in runs if all_of_them else left:
             print(f"  {config.name}: {_state(config)}")
-    print(_outlook(configs))
+    print(_outlook(configs, workers=len(in_progress()) or 1))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -371,14 +393,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * options.max_minutes
     if not chapters(options.tier):
         parser.error(f"no tier {options.tier!r}; see notebooks/params")
-    configs = [
-        config
-        for config in plan(options.names or chapters(options.tier), options.tier)
-        if config.method in (options.method or [config.method])
-        and config.seed in (options.seed or [config.seed])
-    ]
-    if not configs:
-        parser.error("no run of this tier has that method and seed; see --list")
+    configs = plan(options.names or chapters(options.tier), options.tier)
+    for name in ("method", "seed"):
+        chosen = getattr(options, name) or [getattr(config, name) for config in configs]
+        there = {getattr(config, name) for config in configs}
+        if unknown := set(chosen) - there:
+            parser.error(
+                f"no run has {name} {', '.join(map(str, unknown))}; there are "
+                f"{', '.join(map(str, sorted(there)))}"
+            )
+        configs = [config for config in configs if getattr(config, name) in chosen]
+    if options.shard:
+        for config in configs:
+            try:
+                config.sharding()
+            except ValueError as error:
+                parser.error(f"{title(config)} with --shard: {error}")
     if options.list or options.missing:
         show(configs, all_of_them=options.list)
         return 0

@@ -1,5 +1,6 @@
 """Training: one compiled step, a step budget that adapts, checkpoints that survive."""
 
+import hashlib
 import io
 import json
 import math
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from ._files import write_atomically
 from ._regularizers import Regularizers
 
-_MAGIC = b"lrnde checkpoint 1\n"
+_MAGIC = b"lrnde checkpoint 2\n"
 
 
 class TrainingError(RuntimeError):
@@ -65,8 +66,8 @@ def schedule(spec: dict[str, Any], steps: int) -> optax.Schedule:
 
     **Raises:**
 
-    - `ValueError` for an unknown kind, a missing or surplus number, or a start or an
-        end that such a schedule cannot have.
+    - `ValueError` for an unknown kind, a missing or surplus number, what is no number,
+        or a start or an end that such a schedule cannot have.
     """
     makers = {
         "constant": (optax.constant_schedule, {"value"}),
@@ -84,6 +85,12 @@ def schedule(spec: dict[str, Any], steps: int) -> optax.Schedule:
         ),
     }
     numbers = {name: value for name, value in spec.items() if name != "kind"}
+    for name, value in numbers.items():
+        if not isinstance(value, int | float):
+            raise ValueError(
+                f"schedule {spec}: {name} is no number. (YAML takes 1e-3 for a text; "
+                "write 1.0e-3.)"
+            )
     kind = spec.get("kind")
     if kind not in makers:
         raise ValueError(f"schedule {spec}: kind must be one of {', '.join(makers)}.")
@@ -190,6 +197,7 @@ class State:
     - `history`: The learning curves.
     - `seconds`: Wall time of the training steps, compilation left out.
     - `compile_seconds`: Wall time of those training steps that had to be compiled.
+    - `origins`: Where the training took place: the `origin` of `fit`, one a process.
     """
 
     model: PyTree
@@ -199,6 +207,7 @@ class State:
     history: History = field(default_factory=History)
     seconds: float = 0.0
     compile_seconds: float = 0.0
+    origins: list[dict[str, Any]] = field(default_factory=list)
 
 
 def save_checkpoint(path: Path, state: State, identity: str) -> None:
@@ -217,11 +226,24 @@ def save_checkpoint(path: Path, state: State, identity: str) -> None:
         history=asdict(state.history),
         seconds=state.seconds,
         compile_seconds=state.compile_seconds,
+        origins=state.origins,
+        arrays=_arrays(state),
     )
     buffer = io.BytesIO()
-    buffer.write(_MAGIC + json.dumps(header).encode() + b"\n")
+    buffer.write(json.dumps(header).encode() + b"\n")
     eqx.tree_serialise_leaves(buffer, (state.model, state.opt_state))
-    write_atomically(path, buffer.getvalue())
+    content = buffer.getvalue()
+    write_atomically(path, _MAGIC + _digest(content) + b"\n" + content)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
+
+
+def _arrays(state: State) -> list[str]:
+    """The type and shape of every array that a checkpoint holds."""
+    leaves = jax.tree.leaves((state.model, state.opt_state))
+    return [f"{x.dtype}{list(x.shape)}" for x in leaves if eqx.is_array(x)]
 
 
 def load_checkpoint(path: Path, like: State, identity: str) -> State:
@@ -237,20 +259,20 @@ def load_checkpoint(path: Path, like: State, identity: str) -> State:
 
     - `TrainingError` if the file is damaged, or of another run.
     """
-    with open(path, "rb") as file:
-        header = _header(file, path)
-        if header["identity"] != identity:
-            raise TrainingError(
-                f"{path} belongs to a run with other settings. {_remedy(path)}"
-            )
-        try:
-            model, opt_state = eqx.tree_deserialise_leaves(
-                file, (like.model, like.opt_state)
-            )
-        except (ValueError, EOFError, RuntimeError) as error:
-            raise TrainingError(
-                f"{path} is damaged ({error}). {_remedy(path)}"
-            ) from error
+    header, content = _read(path)
+    if header["identity"] != identity:
+        raise TrainingError(
+            f"{path} belongs to a run with other settings. {_remedy(path)}"
+        )
+    if header["arrays"] != _arrays(like):
+        raise TrainingError(
+            f"{path} has arrays of other types or shapes than this run: was it made "
+            "with another JAX_ENABLE_X64, or by other code? Go on with those, or move "
+            "it away to start this run from its beginning."
+        )
+    model, opt_state = eqx.tree_deserialise_leaves(
+        io.BytesIO(content), (like.model, like.opt_state)
+    )
     return State(
         model,
         opt_state,
@@ -262,6 +284,7 @@ def load_checkpoint(path: Path, like: State, identity: str) -> State:
         History(**header["history"]),
         header["seconds"],
         header["compile_seconds"],
+        header["origins"],
     )
 
 
@@ -272,20 +295,35 @@ def steps_done(path: Path) -> int:
 
     - `TrainingError` if the file is damaged, or not a checkpoint.
     """
-    if not path.exists():
-        return 0
+    return _read(path)[0]["step"] if path.exists() else 0
+
+
+def history_of(path: Path) -> History:
+    """The learning curves of a checkpoint.
+
+    **Raises:**
+
+    - As `steps_done`, and `FileNotFoundError`.
+    """
+    return History(**_read(path)[0]["history"])
+
+
+def _read(path: Path) -> tuple[dict[str, Any], bytes]:
+    """What a checkpoint says of itself, and its arrays."""
+    if path.is_dir():
+        raise TrainingError(f"{path} is a folder. {_remedy(path)}")
     with open(path, "rb") as file:
-        return _header(file, path)["step"]
-
-
-def _header(file: BinaryIO, path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself, ahead of its arrays."""
-    if file.readline() != _MAGIC:
-        raise TrainingError(f"{path} is not a checkpoint of lrnde. {_remedy(path)}")
-    try:
-        return json.loads(file.readline())
-    except ValueError as error:
-        raise TrainingError(f"{path} is damaged ({error}). {_remedy(path)}") from error
+        magic, digest, content = file.readline(), file.readline(), file.read()
+    if magic != _MAGIC:
+        raise TrainingError(
+            f"{path} is not a checkpoint of this version of lrnde. {_remedy(path)}"
+        )
+    if digest.strip() != _digest(content):
+        raise TrainingError(
+            f"{path} is damaged (its checksum does not fit). {_remedy(path)}"
+        )
+    header, arrays = content.split(b"\n", 1)
+    return json.loads(header), arrays
 
 
 def _remedy(path: Path) -> str:
@@ -422,6 +460,7 @@ def fit(
     sharding: PyTree[NamedSharding] | None = None,
     checkpoint: Path | None = None,
     identity: str = "",
+    origin: dict[str, Any] | None = None,
     checkpoint_every: int = 100,
     deadline: float = math.inf,
     progress: bool = True,
@@ -453,6 +492,8 @@ def fit(
         writes the checkpoint, which all have to be able to read.
     - `checkpoint`: A file to resume from if it exists, and to write to.
     - `identity`: Whose checkpoint it is; one of another identity is refused.
+    - `origin`: Where this process trains, for `State.origins`; what JSON can hold, such
+        as `lrnde.records.provenance`.
     - `checkpoint_every`: Training steps between checkpoints.
     - `deadline`: Stop cleanly at this `time.monotonic()`.
     - `progress`: Whether to show a progress bar.
@@ -460,7 +501,8 @@ def fit(
     **Returns:**
 
     The final `State`. Where `state.step < steps` the training was interrupted (Ctrl-C
-    or the deadline).
+    or the deadline). Ctrl-C in the last step is a `KeyboardInterrupt`, if a checkpoint
+    has what it came to.
 
     **Raises:**
 
@@ -475,6 +517,8 @@ def fit(
     state = State(model, optimizer.init(params), budget=budget or StepBudget())
     if checkpoint is not None and checkpoint.exists():
         state = load_checkpoint(checkpoint, state, identity)
+    if origin is not None:
+        state.origins.append(origin)
     if train_step is None:
         train_step = make_step(objective, optimizer, weight, regularizer)
     compiled = set()
@@ -541,6 +585,8 @@ def fit(
             if state.step % checkpoint_every == 0:
                 save()
     save()
+    if interrupt.asked and state.step == steps and checkpoint is not None:
+        raise KeyboardInterrupt
     if sharding is not None:
         state.model, state.opt_state = _on_one_device((state.model, state.opt_state))
     return state

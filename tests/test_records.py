@@ -67,6 +67,7 @@ def make_record(method="vanilla", seed=0, **changes):
             "device": "A processor",
             "platform": "cpu",
             "precision": "highest",
+            "dtype": "float32",
             "xla_flags": "",
             "versions": dict.fromkeys(VERSIONS, "1.0"),
             "git_commit": 40 * "a",
@@ -371,6 +372,7 @@ def test_the_commit_is_that_of_the_checkout_the_package_lives_in(tmp_path):
         return run.stdout.strip()
 
     def state():
+        module._git_state.cache_clear()  # as a new process
         origin = module.provenance("highest")
         return origin["git_commit"], origin["git_clean"]
 
@@ -389,9 +391,29 @@ def test_the_commit_is_that_of_the_checkout_the_package_lives_in(tmp_path):
     assert state() == (commit, True)  # what runs write does not make a tree dirty
     (tmp_path / "package" / "new.py").write_text("")
     assert state() == (commit, False)
+    git("add", "package/new.py")
+    git("commit", "-q", "-m", "later")
+    origin = module.provenance("highest")  # of the code that was imported
+    assert (origin["git_commit"], origin["git_clean"]) == (commit, False)
+    assert state() == (git("rev-parse", "HEAD"), True)
+
+
+def test_a_run_has_the_provenance_of_all_its_processes(tmp_path):
+    last = records.provenance("highest") | {"git_commit": "b", "git_clean": True}
+    other = last | {"git_commit": "a", "git_clean": False}
+    started = [f"2026-01-0{day}" for day in (1, 2, 3, 4)]
+    origins = [other, other, last, last]
+    origins = [o | {"started": t} for o, t in zip(origins, started, strict=True)]
+    joined = records.joined(origins)
+    assert joined == origins[-1] | {"started": started[0], "earlier": origins[:1]}
+    assert records.joined(origins[2:]) == origins[2]
+    records.save(make_record(provenance=joined), tmp_path)
+    (problem,) = records.check(tmp_path)
+    assert "uncommitted changes" in problem  # those of an earlier process
 
 
 def test_no_git_is_no_crash(monkeypatch):
+    monkeypatch.setattr(records, "_git_state", records._git_state.__wrapped__)
     monkeypatch.setenv("PATH", "")
     origin = records.provenance("highest")
     assert origin["git_commit"] is None and origin["git_clean"] is None
@@ -425,6 +447,10 @@ FAULTS = {
     "more than the seed": lambda root: records.save(
         make_record(seed=6, config={"rtol": 1e-3}), root
     ),
+    "in more than the seed": lambda root: records.save(
+        make_record(seed=6, provenance={"dtype": "float64"}), root
+    ),
+    "cannot be read": lambda root: (root / "folder.json").mkdir(),
     "not JSON": lambda root: (root / "notes.json").write_text("{"),
 }
 

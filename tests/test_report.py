@@ -433,6 +433,8 @@ def test_curves_are_cut_to_the_steps_in_common():
     assert nfe.tolist() == [[60, 50], [9, 8]]
     with pytest.raises(ValueError, match="no records"):
         report.curves([], "nfe")
+    with pytest.raises(ValueError, match="no curve of speed in these records: step"):
+        report.curves([make_record()], "speed")
 
 
 def test_methods_keep_their_colours_in_every_panel():

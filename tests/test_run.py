@@ -1,6 +1,7 @@
 """`python -m lrnde.run`: what is run, what is kept, what is refused."""
 
 import os
+import threading
 
 import pytest
 from filelock import FileLock
@@ -47,6 +48,16 @@ def test_runs_are_recorded_measured_and_not_repeated(tiny, monkeypatch, capsys):
         ran, measured = record["provenance"], record["provenance"]["measured"]
         assert measured["started"] >= ran["started"]
         assert measured["xla_flags"] == os.environ["XLA_FLAGS"]
+    # Another model than the recorded one is not measured.
+    config = run.plan(["mnist-node"], "tiny")[0]
+    checkpoint = run.checkpoint_of(config)
+    whole = checkpoint.read_bytes()
+    checkpoint.unlink()
+    experiments.run(config, checkpoint=checkpoint, deadline=0.0, progress=False)
+    with pytest.raises(ValueError, match="not the model that the record is of"):
+        run.main([*arguments, "--measure"])
+    checkpoint.write_bytes(whole)
+
     monkeypatch.setattr(experiments, "run", None)  # would fail if it were called
     assert run.main(arguments) == 0
     capsys.readouterr()
@@ -91,6 +102,50 @@ def test_the_work_is_shared_and_one_failure_does_not_end_it(tiny, monkeypatch, c
     assert "0 of 2 runs have records" in out and "2 left, time unknown" in out
 
 
+def test_a_failure_shows_in_the_exit_code_of_a_run_that_is_stopped(tiny, monkeypatch):
+    outcomes = iter(
+        [TrainingError("step 2: the loss is not finite"), KeyboardInterrupt()]
+    )
+
+    def fake(config, **kwargs):
+        raise next(outcomes)
+
+    monkeypatch.setattr(experiments, "run", fake)
+    assert run.main(["--tier", "tiny"]) == 1
+    outcomes = iter([KeyboardInterrupt()])
+    assert run.main(["--tier", "tiny"]) == run.STOPPED
+
+
+def test_no_run_starts_while_times_are_measured(tiny, monkeypatch):
+    started = []
+    monkeypatch.setattr(experiments, "run", lambda config, **_: started.append(config))
+    with run._measurement():
+        process = threading.Thread(target=run.main, args=[["--tier", "tiny"]])
+        process.start()
+        process.join(timeout=1.0)
+        assert not started
+    process.join()
+    assert started
+
+
+def test_a_damaged_record_does_not_stop_the_others(tiny, capsys):
+    path = run.RESULTS / "mnist-node" / "tiny" / "vanilla-seed1.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    assert run.main(["--tier", "tiny"]) == 0
+    assert "1 left, time unknown" in capsys.readouterr().out
+
+
+def test_what_cannot_be_divided_is_said_before_anything_runs(tiny, capsys):
+    tiny.with_name("spiral_sde.yaml").write_text(
+        "tier: tiny\nmethods: [vanilla]\nseeds: [0]\n"
+    )
+    with pytest.raises(SystemExit):
+        run.main(["--tier", "tiny", "--shard"])
+    assert "spiral-sde/tiny/vanilla-seed0 with --shard" in capsys.readouterr().err
+    assert not run.RESULTS.exists()
+
+
 def test_times_are_those_of_one_device(tiny, capsys):
     with pytest.raises(SystemExit):
         run.main(["--tier", "tiny", "--measure", "--shard"])
@@ -131,11 +186,19 @@ def test_two_chapters_may_share_a_run_but_not_a_name(tiny):
         run.plan(["mnist-node", "wider"], "tiny")
 
 
-@pytest.mark.parametrize("wrong", [["--method", "unbaised"], ["--seed", "99"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--method", "unbaised"],
+        ["--method", "vanilla", "unbaised"],
+        ["--method", "vanilla", "mnist-node"],  # meant as a name
+        ["--seed", "3", "99"],
+    ],
+)
 def test_what_does_not_exist_is_an_error(tiny, wrong, capsys):
     with pytest.raises(SystemExit):
-        run.main(["mnist-node", "--tier", "tiny", *wrong])
-    assert "no run of this tier" in capsys.readouterr().err
+        run.main(["--tier", "tiny", *wrong])
+    assert f"no run has {wrong[0][2:]} {wrong[-1]}; there" in capsys.readouterr().err
 
 
 def test_a_method_may_have_a_weight_of_its_own(tiny):

@@ -54,7 +54,7 @@ def train(steps=20, **kwargs):
     return fit(
         kwargs.pop("model", None) or make_model(),
         classification,
-        batches,
+        kwargs.pop("batches", batches),
         steps=steps,
         **kwargs,
     )
@@ -91,6 +91,7 @@ def test_schedules_start_and_end_where_they_should(start, end, steps):
         ({"kind": "cosine", "start": 1.0, "end": 0.1, "steps": 3}, "takes end, start"),
         ({"kind": "exponential", "start": 1.0, "end": 0.0}, "must be positive"),
         ({"kind": "cosine", "start": 0.0, "end": 0.1}, "start must be positive"),
+        ({"kind": "constant", "value": "1e-3"}, "value is no number.*1.0e-3"),
     ],
 )
 def test_a_wrong_schedule_is_explained(spec, says):
@@ -195,24 +196,25 @@ def test_a_deadline_stops_cleanly(tmp_path):
     assert_same_state(training.load_checkpoint(path, stopped, ""), stopped)
 
 
-def test_ctrl_c_returns_what_there_is():
-    def interrupting(step):
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return batches(step)
+def interrupting(step):
+    """A batch; with the sixth one, somebody presses Ctrl-C."""
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGINT)
+    return batches(step)
 
+
+def test_ctrl_c_returns_what_there_is():
     before = signal.getsignal(signal.SIGINT)
-    state = fit(
-        make_model(),
-        classification,
-        interrupting,
-        steps=100,
-        optimizer=optax.adam(1e-2),
-        key=jr.key(1),
-        progress=False,
-    )
-    assert state.step == 6
+    assert train(100, batches=interrupting).step == 6
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_in_the_last_step_ends_what_comes_after_it(tmp_path):
+    path = tmp_path / "run.ckpt"
+    with pytest.raises(KeyboardInterrupt):
+        train(6, batches=interrupting, checkpoint=path)
+    assert steps_done(path) == 6
+    assert train(6, batches=interrupting).step == 6  # it would be lost
 
 
 @given(
@@ -227,16 +229,42 @@ def test_checkpoints_round_trip(tmp_path_factory, curves, step):
     assert_same_state(training.load_checkpoint(path, State(model, None), "me"), state)
 
 
-def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
+@given(data=st.data())
+def test_damaged_checkpoints_are_refused(tmp_path_factory, data):
+    """One wrong bit is enough, wherever it is."""
+    path, like = tmp_path_factory.mktemp("damaged") / "run.ckpt", State(make_model(), 0)
+    training.save_checkpoint(path, like, "me")
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    with pytest.raises(TrainingError, match=r"run\.ckpt"):
+        training.load_checkpoint(path, like, "me")
+    with pytest.raises(TrainingError, match=r"run\.ckpt"):
+        steps_done(path)
+
+
+def test_foreign_checkpoints_are_refused(tmp_path):
     path, like = tmp_path / "run.ckpt", State(make_model(), None)
     training.save_checkpoint(path, like, "me")
     whole = path.read_bytes()
     with pytest.raises(TrainingError, match=r"other settings.*run\.ckpt"):
         training.load_checkpoint(path, like, "you")
-    for content in (b"", b"GIF89a", whole[: len(whole) // 2], whole[:-1], whole[:40]):
+    for content in (b"", b"GIF89a", whole[:-1], whole[:40], whole + b"\n"):
         path.write_bytes(content)
         with pytest.raises(TrainingError, match=r"run\.ckpt"):
             training.load_checkpoint(path, like, "me")
+    path.write_bytes(whole)
+    with jax.enable_x64(True), pytest.raises(TrainingError, match="JAX_ENABLE_X64"):
+        # JAX would take one for the other without a word.
+        double = jax.tree.map(
+            lambda x: x.astype(float), eqx.filter(like.model, eqx.is_array)
+        )
+        training.load_checkpoint(path, State(double, None), "me")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(TrainingError, match="is a folder"):
+        steps_done(path)
 
 
 def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):

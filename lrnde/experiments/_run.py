@@ -141,8 +141,16 @@ class Config(abc.ABC):
                     f"{', '.join(choices)}."
                 )
         for name in self.counts():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1.")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                problem = "must be a whole number, and at least 1."
+                raise ValueError(f"{name}={getattr(self, name)!r}: {problem}")
+        if not (isinstance(self.tolerance, int | float) and self.tolerance > 0):
+            raise ValueError(
+                f"tolerance={self.tolerance!r} must be a positive number. (YAML takes "
+                "1e-3 for a text; write 1.0e-3.)"
+            )
+        for spec in (self.learning_rate, self.weight):
+            schedule(spec, self.steps)  # tells what is wrong with it
 
     @classmethod
     def counts(cls) -> tuple[str, ...]:
@@ -326,13 +334,13 @@ def run(
     A `Run`; `None` if the training was stopped before its end.
     """
     devices = jax.device_count() if shard else 1
-    provenance = records.provenance(config.precision, devices)
+    origin = records.provenance(config.precision, devices)
     with jax.default_matmul_precision(config.precision):
         dataset = config.load_data()
-        state = train(config, dataset, checkpoint, deadline, progress, shard)
+        state = train(config, dataset, checkpoint, deadline, progress, shard, origin)
         if state.step < config.steps:
             return None
-        return Run(state.model, _record(config, dataset, state, provenance))
+        return Run(state.model, _record(config, dataset, state))
 
 
 def train(
@@ -342,8 +350,9 @@ def train(
     deadline: float = math.inf,
     progress: bool = True,
     shard: bool = False,
+    origin: dict[str, Any] | None = None,
 ) -> State:
-    """Trains the model of a configuration; see `run`."""
+    """Trains the model of a configuration; see `run` and `lrnde.training.fit`."""
     return fit(
         config.make_model(dataset),
         config.objective,
@@ -358,6 +367,7 @@ def train(
         sharding=config.sharding() if shard else None,
         checkpoint=checkpoint,
         identity=records.config_hash(asdict(config)),
+        origin=origin,
         deadline=deadline,
         progress=progress,
     )
@@ -386,7 +396,7 @@ def train_step(config: Config) -> Callable:
     return _TRAIN_STEPS[same]
 
 
-def _record(config: Config, dataset, state: State, provenance) -> dict[str, Any]:
+def _record(config: Config, dataset, state: State) -> dict[str, Any]:
     metrics = config.metrics(state.model, dataset)
     predict, size = config.prediction(dataset)
     seconds = time_predictions(predict, {"model": state.model})["model"]
@@ -406,7 +416,7 @@ def _record(config: Config, dataset, state: State, provenance) -> dict[str, Any]
                 predict_batch=size,
             ),
             curves=state.history.curves,
-            provenance=provenance,
+            provenance=records.joined(state.origins),
         )
     )
 
