@@ -89,10 +89,11 @@ def make_plan(regularizer: Regularizers, key: PRNGKeyArray | None) -> Plan:
 def _check_key(key) -> None:
     if key is None:
         return
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(
+    typed = isinstance(key, jax.Array) and jax.dtypes.issubdtype(
         key.dtype, jax.dtypes.prng_key
     )
-    if jnp.shape(key) != (() if typed else (2,)):
+    # Keys of the old kind are vectors, as long as their generator wants.
+    if jnp.ndim(key) != (0 if typed else 1):
         raise TypeError(
             f"key={key!r} is not one random key. Pass `key=jax.random.key(...)`; for a "
             "batch of keys use `jax.vmap`."

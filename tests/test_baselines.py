@@ -574,6 +574,14 @@ def test_a_key_is_one_key(key):
         _check_key(key)  # the tests' type checker would not let it come so far
 
 
+def test_keys_of_all_kinds_are_keys():
+    for make in (jr.key, jr.PRNGKey):
+        for generator in ("threefry2x32", "rbg"):
+            key = make(0, impl=generator)
+            _check_key(key)
+            jax.vmap(_check_key)(jnp.stack([key, key]))
+
+
 def test_a_regularizer_of_no_kind_is_refused():
     class Nothing(lrnde.AbstractRegularizer):
         random = False
