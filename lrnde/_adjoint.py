@@ -74,7 +74,7 @@ class TapeAdjoint(diffrax.AbstractAdjoint):
             outer_while_loop=_between_steps(outer_while_loop, solver),
             **kwargs,
         )
-        # That is all of the state for which a derivative is an error.
+        # The only part of the state whose derivative is an error.
         shown = lambda final: final[0].progress_meter_state  # noqa: E731
         final_state = eqx.tree_at(
             shown,

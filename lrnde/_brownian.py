@@ -266,7 +266,7 @@ class RememberingSolver(AbstractTransparentSolver):
     samples: int = eqx.field(static=True)
 
     def init(self, terms, t0, t1, y0, args):
-        # Less than nothing, if the solve ends where it starts.
+        # Negative, if the solve ends where it starts.
         length = jnp.maximum(t1 - t0, 0)
         current = self.path.draw(jr.fold_in(self.path.key, 0), length)
         rows = self.path.memory + 1

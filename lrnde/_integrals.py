@@ -180,8 +180,8 @@ _CALLS = (
 )
 
 
-# Operations of which some arguments may be scalars.
-_ALIKE = ("clamp", "max", "min", "select_n")
+# Operations that take scalars beside arrays.
+_SAME_SHAPE = ("clamp", "max", "min", "select_n")
 
 
 def _in_known_operations(function, *args):
@@ -205,14 +205,14 @@ def _run(jaxpr: Jaxpr, consts, args):
                 getattr(called, "consts", []),
             )
             outputs = _run(inner, consts, inputs)
-        elif eqn.primitive.name in _ALIKE:
+        elif eqn.primitive.name in _SAME_SHAPE:
             # Taylor mode wants arrays of one shape where a scalar would do.
             shape = eqn.outvars[0].aval.shape
             inputs = [
                 lax.broadcast(x, shape[: len(shape) - jnp.ndim(x)]) for x in inputs
             ]
             outputs = [eqn.primitive.bind(*inputs, **eqn.params)]
-        elif eqn.primitive.name == "rem":
+        elif _is_remainder(eqn):
             # Taylor mode rounds the quotient down, also where it is negative.
             quotient = inputs[0] / inputs[1]
             whole = lax.sign(quotient) * lax.floor(lax.abs(quotient))
@@ -226,6 +226,11 @@ def _run(jaxpr: Jaxpr, consts, args):
             outputs = outputs if eqn.primitive.multiple_results else [outputs]
         values |= dict(zip(eqn.outvars, outputs, strict=True))
     return [read(x) for x in jaxpr.outvars]
+
+
+def _is_remainder(eqn) -> bool:
+    floating = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
+    return eqn.primitive.name == "rem" and floating
 
 
 def _is_whole_power(eqn) -> bool:
@@ -299,7 +304,7 @@ def augment(
     terms, y0, saveat, controller, event = problem
     drawn = tuple(x.draw(key, y0) for x, key in zip(regularizers, keys, strict=True))
     field = AugmentedField(terms, regularizers, drawn)
-    # Solvers take no real numbers beside complex ones.
+    # Solvers do not take a state that mixes real and complex numbers.
     dtype = jnp.result_type(*jtu.tree_leaves(y0))
     zeros = tuple(jnp.zeros((), dtype) for _ in regularizers)
     if not isinstance(adjoint, diffrax.BacksolveAdjoint):
