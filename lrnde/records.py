@@ -70,6 +70,10 @@ _FIELDS = {
 }
 
 
+# What of its provenance may differ between a run and the measurement of its times.
+MEASURED = ("xla_flags", "versions", "git_commit", "git_clean", "started")
+
+
 # Digests
 
 
@@ -144,7 +148,7 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-@functools.cache  # what is committed later is not the code that runs
+@functools.cache  # what is committed later is not the code that was imported
 def _git_state() -> tuple[str | None, bool | None]:
     # An installed copy may sit, ignored, inside the checkout of another project,
     # whose commit says nothing about this code.
@@ -291,6 +295,18 @@ def _check_time(text: str) -> None:
         _require(False, "provenance.started", f"is {text!r}, not an ISO 8601 time")
 
 
+def _check_origins(origin: dict) -> None:
+    fields = _FIELDS["provenance"]
+    _check_time(origin["started"])
+    earlier = origin.get("earlier", [])
+    _check_types(earlier, (list,), "provenance.earlier")
+    for other in earlier:
+        _check_types(other, fields, "provenance.earlier")
+    if "measured" in origin:
+        expected = {name: fields[name] for name in MEASURED if name in fields}
+        _check_types(origin["measured"], expected, "provenance.measured")
+
+
 def _check_identity(record: dict, path: pathlib.Path | None) -> None:
     config = record["config"]
     for field in ("experiment", "tier", "method", "seed"):
@@ -325,7 +341,7 @@ def validate(record: dict, path: str | os.PathLike | None = None) -> None:
     _require(record["schema"] == SCHEMA, "schema", f"is not {SCHEMA}")
     _check_numbers(record)
     _check_curves(record["curves"])
-    _check_time(record["provenance"]["started"])
+    _check_origins(record["provenance"])
     _check_identity(record, None if path is None else pathlib.Path(path))
 
 
@@ -502,7 +518,7 @@ def _mixtures(records: dict[pathlib.Path, dict]) -> Iterator[str]:
         # Records from before it was noted are all of this type.
         config["dtype"] = record["provenance"].get("dtype", "float32")
         if settings.setdefault(group, config_hash(config)) != config_hash(config):
-            yield f"{path}: its config differs from other seeds' in more than the seed"
+            yield f"{path}: its config or dtype differs in more than the seed"
 
 
 def check(root: str | os.PathLike) -> list[str]:

@@ -129,7 +129,15 @@ def _row(records: Sequence[dict]) -> dict[str, int | float]:
 
 def _setup(records: Sequence[dict]) -> set[tuple]:
     """What has to agree before prediction times may be compared."""
-    return {(r["provenance"]["device"], r["times"]["predict_batch"]) for r in records}
+    return {(_timed_on(r), r["times"]["predict_batch"]) for r in records}
+
+
+def _timed_on(record: dict) -> frozenset[str]:
+    """The devices that the times of a record come from."""
+    origins = all_origins(record)
+    if "measured" in record["provenance"]:
+        origins = origins[:1]
+    return frozenset(origin["device"] for origin in origins)
 
 
 def summary(
@@ -424,13 +432,27 @@ def provenance_note(records: Sequence[dict], root: str = "book/results") -> str:
         ", ".join(versions),
         f"commit {_distinct([_commit(origin) for origin in origins])}",
         f"run on {_distinct([origin['started'][:10] for origin in origins])}",
-        f"times of {sum(map(_timed_apart, records))} measured side by side afterwards",
+        f"times of {sum(map(_timed_apart, records))} measured side by side afterwards"
+        + _measured(records),
     )
     return f"**Provenance.** {'; '.join(parts)}."
 
 
+def _measured(records: Sequence[dict]) -> str:
+    """With what code and flags times were measured, where the records say it."""
+    origins = [r["provenance"].get("measured") for r in records]
+    found = [o for o in origins if o]
+    if not found:
+        return ""
+    flags = _distinct([f"`{o['xla_flags']}`" for o in found if o["xla_flags"]])
+    with_flags = f", XLA_FLAGS {flags}" if flags else ""
+    return f" (commit {_distinct([_commit(o) for o in found])}{with_flags})"
+
+
 def _timed_apart(record: dict) -> bool:
     """Whether the time of a training step is not the mean over the training itself."""
+    if "measured" in record["provenance"]:
+        return True  # older records do not say
     mean = record["times"]["train_seconds"] / record["config"]["steps"]
     return not math.isclose(record["times"]["train_step_seconds"], mean, rel_tol=1e-9)
 

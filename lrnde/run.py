@@ -30,9 +30,6 @@ RUNS = ROOT / "runs"
 
 STOPPED = 75  # EX_TEMPFAIL: call again
 
-# What may differ between a run and the measurement of its times.
-MEASURED = ("xla_flags", "versions", "git_commit", "git_clean", "started")
-
 
 # What there is to run
 
@@ -188,12 +185,14 @@ def seconds_left(configs: Iterable[Config], device: str) -> tuple[float, int]:
     return total, unknown
 
 
-def _outlook(configs: Iterable[Config], workers: int) -> str:
+def _outlook(configs: Iterable[Config], helping: bool) -> str:
     left = missing(configs)
     if not left:
         return "none left"
     seconds, unknown = seconds_left(left, records.provenance("")["device"])
-    # Processes that share the work finish it so much sooner.
+    # Processes that share the work finish it so much sooner. Is this one of them?
+    others = set(in_progress()) & {title(config) for config in left}
+    workers = max(1, min(len(others) + helping, len(left)))
     hours, minutes = divmod(round(seconds / workers / 60), 60)
     about = f"about {hours} h {minutes} min" if seconds else "time unknown"
     more = f" and {unknown} of unknown length" if unknown and seconds else ""
@@ -223,6 +222,7 @@ def run(configs: Sequence[Config], deadline: float = math.inf, **options) -> int
     """
     for config in configs:
         records.guard({**vars(config), "config": asdict(config)}, RESULTS)
+    records.provenance("")  # takes note of the commit before it may change
     code = 0
     for config in configs:
         if record_of(config).exists():
@@ -236,21 +236,20 @@ def run(configs: Sequence[Config], deadline: float = math.inf, **options) -> int
                 continue
             if record_of(config).exists():  # written since
                 continue
-            with _measurement():  # waits for the end of one
-                pass
             try:
+                _wait_for_measurement(config, deadline)
                 line = _run_one(config, deadline, options)
             except RuntimeError as error:
                 # One that diverges or is out of memory shall not hold up the others.
                 print(f"{title(config)}: failed: {error}", flush=True)
                 code = 1
                 continue
-            except KeyboardInterrupt:  # elsewhere than between two training steps
+            except (KeyboardInterrupt, Timeout):  # not between two training steps
                 line = None
         if line is None:
             print(f"{title(config)}: stopped at step {_done(config)}; call again")
             return code or STOPPED
-        outlook = _outlook(configs, workers=1 + len(in_progress()))
+        outlook = _outlook(configs, helping=True)
         print(f"{title(config)}: {line}; {outlook}", flush=True)
     return code
 
@@ -288,6 +287,7 @@ def measure(configs: Sequence[Config]) -> None:
     - `ValueError` if a run was made on another device, or its trained model is not the
         one that was evaluated.
     - `FileNotFoundError` if the trained model of a run is not at hand.
+    - `TrainingError` if its checkpoint is damaged, or of another version of lrnde.
     """
     with _measurement():
         if busy := in_progress():
@@ -297,16 +297,29 @@ def measure(configs: Sequence[Config]) -> None:
             )
         done = [config for config in configs if record_of(config).exists()]
         here = records.provenance("")
+        origin = {name: here[name] for name in records.MEASURED}
         for config in done:
             _check_measurable(config, records.load(record_of(config)), here["device"])
         for group in _by_experiment(done).values():
-            _measure_side_by_side(group, {name: here[name] for name in MEASURED})
+            _measure_side_by_side(group, origin)
 
 
 def _measurement() -> FileLock:
     """Held while times are measured; no run starts meanwhile."""
     RUNS.mkdir(parents=True, exist_ok=True)
     return FileLock(RUNS / "measurement.lock")
+
+
+def _wait_for_measurement(config: Config, deadline: float) -> None:
+    """Waits for the end of a measurement; a `Timeout` if there is no time for that."""
+    lock = _measurement()
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{title(config)}: waits for the end of a measurement", flush=True)
+        left = deadline - time.monotonic()
+        lock.acquire(timeout=-1 if math.isinf(left) else max(left, 0))
+    lock.release()
 
 
 def _measure_side_by_side(configs: list[Config], origin: dict) -> None:
@@ -359,7 +372,7 @@ def show(configs: Sequence[Config], all_of_them: bool) -> None:
         print(f"{experiment}: {len(runs) - len(left)} of {len(runs)} runs have records")
         for config in runs if all_of_them else left:
             print(f"  {config.name}: {_state(config)}")
-    print(_outlook(configs, workers=len(in_progress()) or 1))
+    print(_outlook(configs, helping=False))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -399,22 +412,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         there = {getattr(config, name) for config in configs}
         if unknown := set(chosen) - there:
             parser.error(
-                f"no run has {name} {', '.join(map(str, unknown))}; there are "
+                f"no run has {name} {', '.join(map(str, sorted(unknown)))}; there are "
                 f"{', '.join(map(str, sorted(there)))}"
             )
         configs = [config for config in configs if getattr(config, name) in chosen]
-    if options.shard:
-        for config in configs:
-            try:
-                config.sharding()
-            except ValueError as error:
-                parser.error(f"{title(config)} with --shard: {error}")
     if options.list or options.missing:
         show(configs, all_of_them=options.list)
         return 0
     if options.measure:
         measure(configs)
         return 0
+    for config in missing(configs) if options.shard else ():
+        try:
+            config.sharding()
+        except ValueError as error:
+            parser.error(f"{title(config)} with --shard: {error}")
     return run(configs, deadline, shard=options.shard)
 
 

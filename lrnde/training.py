@@ -4,10 +4,11 @@ import hashlib
 import io
 import json
 import math
+import numbers
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,8 +67,8 @@ def schedule(spec: dict[str, Any], steps: int) -> optax.Schedule:
 
     **Raises:**
 
-    - `ValueError` for an unknown kind, a missing or surplus number, what is no number,
-        or a start or an end that such a schedule cannot have.
+    - `ValueError` for an unknown kind, a missing or surplus number, what is not a
+        finite number, or a start or an end that such a schedule cannot have.
     """
     makers = {
         "constant": (optax.constant_schedule, {"value"}),
@@ -84,27 +85,29 @@ def schedule(spec: dict[str, Any], steps: int) -> optax.Schedule:
             {"start", "rate"},
         ),
     }
-    numbers = {name: value for name, value in spec.items() if name != "kind"}
-    for name, value in numbers.items():
-        if not isinstance(value, int | float):
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"schedule {spec}: write {{kind: constant, value: {spec}}}.")
+    given = {name: value for name, value in spec.items() if name != "kind"}
+    for name, value in given.items():
+        if not (isinstance(value, numbers.Real) and math.isfinite(value)):
             raise ValueError(
-                f"schedule {spec}: {name} is no number. (YAML takes 1e-3 for a text; "
-                "write 1.0e-3.)"
+                f"schedule {spec}: {name} is not a finite number. (YAML takes 1e-3 for "
+                "a text; write 1.0e-3.)"
             )
     kind = spec.get("kind")
     if kind not in makers:
         raise ValueError(f"schedule {spec}: kind must be one of {', '.join(makers)}.")
     make, names = makers[kind]
-    if set(numbers) != names:
+    if set(given) != names:
         raise ValueError(f"schedule {spec}: {kind} takes {', '.join(sorted(names))}.")
     # An exponential never reaches zero; a cosine may.
-    if "end" in numbers and not (numbers["start"] > 0 and numbers["end"] >= 0):
+    if "end" in given and not (given["start"] > 0 and given["end"] >= 0):
         raise ValueError(f"schedule {spec}: start must be positive, end not negative.")
-    if kind == "exponential" and numbers["end"] == 0:
+    if kind == "exponential" and given["end"] == 0:
         raise ValueError(
             f"schedule {spec}: the end of an exponential must be positive."
         )
-    return make(**numbers)
+    return make(**given)
 
 
 @dataclass
@@ -270,9 +273,14 @@ def load_checkpoint(path: Path, like: State, identity: str) -> State:
             "with another JAX_ENABLE_X64, or by other code? Go on with those, or move "
             "it away to start this run from its beginning."
         )
-    model, opt_state = eqx.tree_deserialise_leaves(
-        io.BytesIO(content), (like.model, like.opt_state)
-    )
+    try:
+        model, opt_state = eqx.tree_deserialise_leaves(
+            io.BytesIO(content), (like.model, like.opt_state)
+        )
+    except (ValueError, EOFError, RuntimeError) as error:
+        raise TrainingError(
+            f"{path} does not fit this model ({error}). {_remedy(path)}"
+        ) from error
     return State(
         model,
         opt_state,
@@ -492,8 +500,8 @@ def fit(
         writes the checkpoint, which all have to be able to read.
     - `checkpoint`: A file to resume from if it exists, and to write to.
     - `identity`: Whose checkpoint it is; one of another identity is refused.
-    - `origin`: Where this process trains, for `State.origins`; what JSON can hold, such
-        as `lrnde.records.provenance`.
+    - `origin`: Where this process trains, for `State.origins`; something that JSON can
+        hold, such as `lrnde.records.provenance`.
     - `checkpoint_every`: Training steps between checkpoints.
     - `deadline`: Stop cleanly at this `time.monotonic()`.
     - `progress`: Whether to show a progress bar.
@@ -501,8 +509,8 @@ def fit(
     **Returns:**
 
     The final `State`. Where `state.step < steps` the training was interrupted (Ctrl-C
-    or the deadline). Ctrl-C in the last step is a `KeyboardInterrupt`, if a checkpoint
-    has what it came to.
+    or the deadline). Ctrl-C during the last step raises `KeyboardInterrupt`, if there
+    is a checkpoint to keep its result.
 
     **Raises:**
 
@@ -517,8 +525,7 @@ def fit(
     state = State(model, optimizer.init(params), budget=budget or StepBudget())
     if checkpoint is not None and checkpoint.exists():
         state = load_checkpoint(checkpoint, state, identity)
-    if origin is not None:
-        state.origins.append(origin)
+    resumed_at = state.step
     if train_step is None:
         train_step = make_step(objective, optimizer, weight, regularizer)
     compiled = set()
@@ -578,6 +585,8 @@ def fit(
                 )
             state.model, state.opt_state = spread((new_model, new_opt_state))
             state.budget.note(int(evaluation.num_steps))
+            if origin is not None and state.step == resumed_at:
+                state.origins.append(origin)  # who trains nothing leaves no trace
             state.step += 1
             state.history.add(state.step, evaluation)
             bar.update()

@@ -427,6 +427,11 @@ def spoil_metric(root):
     path.write_text(path.read_text().replace("0.95", "0.99"))
 
 
+def measured(**changes):
+    provenance = make_record()["provenance"] | changes
+    return {name: provenance[name] for name in records.MEASURED}
+
+
 def misplace(root):
     path = records.save(make_record(), root)
     shutil.move(path, path.with_name("vanilla-seed7.json"))
@@ -442,7 +447,7 @@ FAULTS = {
         make_record(provenance={"git_clean": False}), root
     ),
     "no committed code": lambda root: records.save(
-        make_record(provenance={"measured": {"git_clean": False}}), root
+        make_record(provenance={"measured": measured(git_clean=False)}), root
     ),
     "more than the seed": lambda root: records.save(
         make_record(seed=6, config={"rtol": 1e-3}), root

@@ -272,6 +272,26 @@ def test_findings_of_classifiers_are_in_points():
     assert "test accuracy -1.29 points." in report.findings(records)
 
 
+def test_findings_leave_out_times_of_another_device():
+    provenance = make_record()["provenance"]
+    elsewhere = provenance | {"earlier": [provenance | {"device": "another"}]}
+    records = [make_record(), make_record("biased", provenance=elsewhere)]
+    text = report.findings(records)
+    assert "times the NFE" in text and "nan" not in text
+    assert "prediction time" not in text and "training step" not in text
+    note = report.provenance_note(records)
+    assert "another (" in note and provenance["device"] in note
+    # Measured afterwards, on one device, they are comparable again.
+    origin = {name: provenance[name] for name in lrnde_records.MEASURED}
+    records = [
+        make_record(method, provenance=x | {"measured": origin | {"git_commit": "c"}})
+        for method, x in (("vanilla", provenance), ("biased", elsewhere))
+    ]
+    assert "prediction time" in report.findings(records)
+    assert "times of 2 measured" in report.provenance_note(records)
+    assert "(commit `c`)" in report.provenance_note(records)
+
+
 def test_findings_want_vanilla():
     assert "no records of vanilla" in report.findings([make_record("biased")])
     assert "no records of vanilla" in report.findings([])

@@ -1,6 +1,7 @@
 """`python -m lrnde.run`: what is run, what is kept, what is refused."""
 
 import os
+import signal
 import threading
 
 import pytest
@@ -120,12 +121,38 @@ def test_no_run_starts_while_times_are_measured(tiny, monkeypatch):
     started = []
     monkeypatch.setattr(experiments, "run", lambda config, **_: started.append(config))
     with run._measurement():
-        process = threading.Thread(target=run.main, args=[["--tier", "tiny"]])
-        process.start()
-        process.join(timeout=1.0)
+        assert run.main(["--tier", "tiny", "--max-minutes", "0.001"]) == run.STOPPED
         assert not started
-    process.join()
+        waiting = threading.Thread(target=run.main, args=[["--tier", "tiny"]])
+        waiting.daemon = True
+        waiting.start()
+        waiting.join(timeout=0.5)
+        assert not started
+    waiting.join(timeout=60)
     assert started
+
+
+def test_a_record_names_all_processes_of_its_run(tiny, monkeypatch):
+    here, commit = records.provenance("highest"), 40 * "a"
+
+    def provenance(*_):
+        return here | {"git_commit": commit, "git_clean": True}
+
+    def ctrl_c(step):
+        os.kill(os.getpid(), signal.SIGINT)
+        return first(step)
+
+    config = run.plan(["mnist-node"], "tiny")[0]
+    first = config.batches(config.load_data())
+    monkeypatch.setattr(records, "provenance", provenance)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(config), "batches", lambda *_: ctrl_c)
+        assert run.run([config]) == run.STOPPED
+    commit = 40 * "b"
+    assert run.run([config]) == 0
+    found = records.load(run.record_of(config))["provenance"]
+    assert found["git_commit"] == 40 * "b"
+    assert [origin["git_commit"] for origin in found["earlier"]] == [40 * "a"]
 
 
 def test_a_damaged_record_does_not_stop_the_others(tiny, capsys):

@@ -91,7 +91,8 @@ def test_schedules_start_and_end_where_they_should(start, end, steps):
         ({"kind": "cosine", "start": 1.0, "end": 0.1, "steps": 3}, "takes end, start"),
         ({"kind": "exponential", "start": 1.0, "end": 0.0}, "must be positive"),
         ({"kind": "cosine", "start": 0.0, "end": 0.1}, "start must be positive"),
-        ({"kind": "constant", "value": "1e-3"}, "value is no number.*1.0e-3"),
+        ({"kind": "constant", "value": "1e-3"}, "value is not a finite.*1.0e-3"),
+        ({"kind": "constant", "value": math.nan}, "value is not a finite number"),
     ],
 )
 def test_a_wrong_schedule_is_explained(spec, says):
@@ -209,6 +210,16 @@ def test_ctrl_c_returns_what_there_is():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_checkpoint_knows_who_trained_it(tmp_path):
+    path = tmp_path / "run.ckpt"
+    train(0, checkpoint=path, origin={"host": "idle"})
+    train(4, checkpoint=path, origin={"host": "first"})
+    train(4, checkpoint=path, origin={"host": "idle"})
+    state = train(6, checkpoint=path, origin={"host": "second"})
+    assert state.origins == [{"host": "first"}, {"host": "second"}]
+    assert training.load_checkpoint(path, state, "").origins == state.origins
+
+
 def test_ctrl_c_in_the_last_step_ends_what_comes_after_it(tmp_path):
     path = tmp_path / "run.ckpt"
     with pytest.raises(KeyboardInterrupt):
@@ -224,9 +235,12 @@ def test_ctrl_c_in_the_last_step_ends_what_comes_after_it(tmp_path):
 def test_checkpoints_round_trip(tmp_path_factory, curves, step):
     path = tmp_path_factory.mktemp("checkpoints") / "a.ckpt"
     model = make_model()
-    state = State(model, None, step, StepBudget(), History(curves={"loss": curves}))
+    history = History(curves={"loss": curves})
+    state = State(model, None, step, StepBudget(), history, 1.0, 2.0, [{"device": "a"}])
     training.save_checkpoint(path, state, "me")
-    assert_same_state(training.load_checkpoint(path, State(model, None), "me"), state)
+    loaded = training.load_checkpoint(path, State(model, None), "me")
+    assert_same_state(loaded, state)
+    assert replace(loaded, model=None) == replace(state, model=None)
 
 
 @given(data=st.data())

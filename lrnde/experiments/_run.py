@@ -333,14 +333,19 @@ def run(
 
     A `Run`; `None` if the training was stopped before its end.
     """
-    devices = jax.device_count() if shard else 1
-    origin = records.provenance(config.precision, devices)
+    origin = _origin(config, shard)
     with jax.default_matmul_precision(config.precision):
         dataset = config.load_data()
-        state = train(config, dataset, checkpoint, deadline, progress, shard, origin)
+        state = train(config, dataset, checkpoint, deadline, progress, shard)
         if state.step < config.steps:
             return None
-        return Run(state.model, _record(config, dataset, state))
+        provenance = records.joined([*state.origins, origin])
+        return Run(state.model, _record(config, dataset, state, provenance))
+
+
+def _origin(config: Config, shard: bool) -> dict[str, Any]:
+    devices = jax.device_count() if shard else 1
+    return records.provenance(config.precision, devices)
 
 
 def train(
@@ -350,7 +355,6 @@ def train(
     deadline: float = math.inf,
     progress: bool = True,
     shard: bool = False,
-    origin: dict[str, Any] | None = None,
 ) -> State:
     """Trains the model of a configuration; see `run` and `lrnde.training.fit`."""
     return fit(
@@ -367,7 +371,7 @@ def train(
         sharding=config.sharding() if shard else None,
         checkpoint=checkpoint,
         identity=records.config_hash(asdict(config)),
-        origin=origin,
+        origin=_origin(config, shard),
         deadline=deadline,
         progress=progress,
     )
@@ -396,7 +400,7 @@ def train_step(config: Config) -> Callable:
     return _TRAIN_STEPS[same]
 
 
-def _record(config: Config, dataset, state: State) -> dict[str, Any]:
+def _record(config: Config, dataset, state: State, provenance) -> dict[str, Any]:
     metrics = config.metrics(state.model, dataset)
     predict, size = config.prediction(dataset)
     seconds = time_predictions(predict, {"model": state.model})["model"]
@@ -416,7 +420,7 @@ def _record(config: Config, dataset, state: State) -> dict[str, Any]:
                 predict_batch=size,
             ),
             curves=state.history.curves,
-            provenance=records.joined(state.origins),
+            provenance=provenance,
         )
     )
 
