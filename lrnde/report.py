@@ -406,7 +406,7 @@ def provenance_note(records: Sequence[dict], root: str = "book/results") -> str:
     Number and folder of the records, seeds, devices, precision, `XLA_FLAGS` if there
     were any in the training, versions, commits and dates, each with all of its values
     where the records differ; and how many of the times were measured side by side after
-    the runs.
+    the runs, with the commits and flags of that where the records say it.
     """
     if not records:
         return "**Provenance.** No records."
