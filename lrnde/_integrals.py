@@ -180,7 +180,7 @@ _CALLS = (
 )
 
 
-# Operations that take scalars beside arrays.
+# Operations that take scalars beside arrays, where Taylor mode wants equal shapes.
 _SAME_SHAPE = ("clamp", "max", "min", "select_n")
 
 
@@ -206,7 +206,6 @@ def _run(jaxpr: Jaxpr, consts, args):
             )
             outputs = _run(inner, consts, inputs)
         elif eqn.primitive.name in _SAME_SHAPE:
-            # Taylor mode wants arrays of one shape where a scalar would do.
             shape = eqn.outvars[0].aval.shape
             inputs = [
                 lax.broadcast(x, shape[: len(shape) - jnp.ndim(x)]) for x in inputs

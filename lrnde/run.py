@@ -190,7 +190,8 @@ def _outlook(configs: Iterable[Config], helping: bool) -> str:
     if not left:
         return "none left"
     seconds, unknown = seconds_left(left, records.provenance("")["device"])
-    # Processes that share the work finish it so much sooner. Is this one of them?
+    # Processes that share the work finish it so much sooner; this one is among them
+    # if it is `helping`, and not if it only lists what is left.
     others = set(in_progress()) & {title(config) for config in left}
     workers = max(1, min(len(others) + helping, len(left)))
     hours, minutes = divmod(round(seconds / workers / 60), 60)
