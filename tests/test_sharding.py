@@ -17,10 +17,11 @@ from lrnde import experiments
 assert jax.device_count() == 8
 name, method, rtol = *sys.argv[1:3], float(sys.argv[3])
 small = dict(
-    experiment=name, method=method, batch_size=16, tolerance=1e-3, steps=3, hidden=8
+    experiment=name, method=method, batch_size=16, tolerance=1e-3, steps=3, hidden=8,
+    solver="bosh3",
 )
 if name == "physionet":
-    small |= dict(latent=3, depth=1, dataset="oscillators", tolerance=1e-4)
+    small |= dict(latent=3, depth=1, dataset="oscillators")
 config = experiments.EXPERIMENTS[name](**small)
 dataset = config.load_data()
 one, eight = (

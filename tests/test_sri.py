@@ -126,13 +126,11 @@ def noises():
     return found
 
 
-def ends(solver, make, y0, noise):
-    """The ends of all paths, with constant steps."""
-
+@ft.partial(jax.jit, static_argnums=(0, 1))
+def ends_of(solver, make, y0, noise, num):
     # Milstein's method of diffrax wants one path at a time.
-    @jax.jit
-    @ft.partial(jax.vmap, in_axes=(1, None))
-    def end(noise, num):
+    @ft.partial(jax.vmap, in_axes=1)
+    def end(noise):
         h = 1 / num
 
         def step(i, y):
@@ -142,10 +140,15 @@ def ends(solver, make, y0, noise):
 
         return lax.fori_loop(0, num, step, y0)
 
+    return end(noise)
+
+
+def ends(solver, make, y0, noise):
+    """The ends of all paths, with constant steps."""
     # One program for every number of steps: what is too short is filled up.
     num = len(noise.w)
     full = jax.tree.map(lambda x: jnp.zeros((2**FINEST, PATHS)).at[:num].set(x), noise)
-    return end(full, num)
+    return ends_of(solver, make, y0, full, num)
 
 
 def test_strong_order(float64, noises):
@@ -454,6 +457,7 @@ def test_gradient_of_the_penalty(solver, sampling, float64):
     sol, _ = solve(terms, y0, solver, ARGS, saveat=diffrax.SaveAt(t0=True, steps=True))
     ts, ys = sol.ts[: sol.stats["num_accepted_steps"] + 1], sol.ys
 
+    @jax.jit
     def error(args, j):
         t0, t1 = ts[j], ts[j + 1]
         state = solver.init(terms, t0, t1, ys[j], args)
