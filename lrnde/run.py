@@ -46,15 +46,18 @@ def settings(chapter: str, tier: str) -> list[Config]:
 
     **Raises:**
 
-    - `FileNotFoundError`, naming the chapters and tiers that there are.
+    - `FileNotFoundError`, naming the chapters that there are at this tier.
+    - `ValueError`, naming the file, if its settings are not those of runs.
     """
     path = PARAMS / tier / f"{chapter.replace('-', '_')}.yaml"
     if not path.exists():
-        known = sorted(p.relative_to(PARAMS).as_posix() for p in PARAMS.glob("*/*"))
-        raise FileNotFoundError(f"no {path}; there are: {', '.join(known)}")
-    return experiments.configs(
-        {"experiment": chapter.replace("_", "-"), **yaml.safe_load(path.read_text())}
-    )
+        known = ", ".join(chapters(tier))
+        raise FileNotFoundError(f"no {chapter!r} at tier {tier}; there are {known}")
+    found = {"experiment": chapter.replace("_", "-")}
+    try:
+        return experiments.configs(found | yaml.safe_load(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def plan(names: Iterable[str], tier: str) -> list[Config]:
@@ -62,7 +65,8 @@ def plan(names: Iterable[str], tier: str) -> list[Config]:
 
     **Raises:**
 
-    - `ValueError` if two chapters mean different runs by one name.
+    - `ValueError` if two chapters mean different runs by one name, and as `settings`.
+    - `FileNotFoundError` as `settings`.
     """
     runs: dict[Path, Config] = {}
     for config in (c for name in names for c in settings(name, tier)):
@@ -407,7 +411,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * options.max_minutes
     if not chapters(options.tier):
         parser.error(f"no tier {options.tier!r}; see notebooks/params")
-    configs = plan(options.names or chapters(options.tier), options.tier)
+    try:
+        configs = plan(options.names or chapters(options.tier), options.tier)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
     for name in ("method", "seed"):
         chosen = getattr(options, name) or [getattr(config, name) for config in configs]
         there = {getattr(config, name) for config in configs}

@@ -238,9 +238,19 @@ def test_a_method_may_have_a_weight_of_its_own(tiny):
         run.settings("mnist-node", "tiny")
 
 
-def test_an_unknown_experiment_lists_what_there_is(tiny):
-    with pytest.raises(FileNotFoundError, match="tiny/mnist_node.yaml"):
+def test_an_unknown_experiment_lists_what_there_is(tiny, capsys):
+    with pytest.raises(SystemExit):
         run.main(["mnist-nope", "--tier", "tiny"])
+    said = capsys.readouterr().err
+    assert "no 'mnist-nope' at tier tiny; there are mnist-node" in said
+
+
+def test_settings_that_are_not_those_of_runs_name_their_file(tiny, capsys):
+    tiny.write_text("hidden: 8\n")
+    with pytest.raises(SystemExit):
+        run.main(["--tier", "tiny", "--list"])
+    said = capsys.readouterr().err
+    assert "mnist_node.yaml: no methods in these settings" in said
 
 
 RECORDED = [
