@@ -406,7 +406,8 @@ def provenance_note(records: Sequence[dict], root: str = "book/results") -> str:
     Number and folder of the records, seeds, devices, precision, `XLA_FLAGS` if there
     were any in the training, versions, commits and dates, each with all of its values
     where the records differ; and how many of the times were measured side by side after
-    the runs, with the commits and flags of that where the records say it.
+    the runs, by how many commands if not by one, and with what commits and flags, where
+    the records say it.
     """
     if not records:
         return "**Provenance.** No records."
@@ -432,21 +433,24 @@ def provenance_note(records: Sequence[dict], root: str = "book/results") -> str:
         ", ".join(versions),
         f"commit {_distinct([_commit(origin) for origin in origins])}",
         f"run on {_distinct([origin['started'][:10] for origin in origins])}",
-        f"times of {sum(map(_timed_apart, records))} measured side by side afterwards"
-        + _measured(records),
+        _measured([record for record in records if _timed_apart(record)]),
     )
     return f"**Provenance.** {'; '.join(parts)}."
 
 
 def _measured(records: Sequence[dict]) -> str:
-    """With what code and flags times were measured, where the records say it."""
-    origins = [r["provenance"].get("measured") for r in records]
+    """How times were measured after the runs, as far as the records say it."""
+    origins = [r["provenance"].get("measured", {}) for r in records]
+    # One command measures side by side, and notes when it started.
+    commands = len({o.get("started") for o in origins})
+    several = f", by {commands} commands" if commands > 1 else ""
+    text = f"times of {len(records)} measured side by side afterwards{several}"
     found = [o for o in origins if o]
     if not found:
-        return ""
+        return text
     flags = _distinct([f"`{o['xla_flags']}`" for o in found if o["xla_flags"]])
     with_flags = f", XLA_FLAGS {flags}" if flags else ""
-    return f" (commit {_distinct([_commit(o) for o in found])}{with_flags})"
+    return f"{text} (commit {_distinct([_commit(o) for o in found])}{with_flags})"
 
 
 def _timed_apart(record: dict) -> bool:

@@ -290,6 +290,9 @@ def test_findings_leave_out_times_of_another_device():
     assert "prediction time" in report.findings(records)
     assert "times of 2 measured" in report.provenance_note(records)
     assert "(commit `c`)" in report.provenance_note(records)
+    assert "commands" not in report.provenance_note(records)
+    records[0]["provenance"]["measured"]["started"] = "2026-01-01T00:00:00+00:00"
+    assert "afterwards, by 2 commands (commit" in report.provenance_note(records)
 
 
 def test_findings_want_vanilla():
