@@ -56,7 +56,7 @@ def settings(chapter: str, tier: str) -> list[Config]:
     found = {"experiment": chapter.replace("_", "-")}
     try:
         return experiments.configs(found | yaml.safe_load(path.read_text()))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # the first, if a setting is not known
         raise ValueError(f"{path}: {error}") from error
 
 

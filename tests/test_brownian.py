@@ -114,14 +114,16 @@ def test_adjoints_agree(float64):
         )
         return jnp.sum(sol.ys[0]) + penalty
 
-    found, expected = (
+    found = [
         jax.value_and_grad(loss)(1.0, adjoint)
         for adjoint in (
-            lrnde.TapeAdjoint(rows=3),  # part of the path is drawn again, part is kept
+            lrnde.TapeAdjoint(),
+            lrnde.TapeAdjoint(rows=3),
             diffrax.RecursiveCheckpointAdjoint(),
         )
-    )
-    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    ]
+    for other in found[1:]:
+        np.testing.assert_allclose(found[0], other, rtol=1e-10)
 
 
 @named("area", AREAS)

@@ -245,12 +245,19 @@ def test_an_unknown_experiment_lists_what_there_is(tiny, capsys):
     assert "no 'mnist-nope' at tier tiny; there are mnist-node" in said
 
 
-def test_settings_that_are_not_those_of_runs_name_their_file(tiny, capsys):
-    tiny.write_text("hidden: 8\n")
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("hidden: 8\n", "no methods in these settings"),
+        (SETTINGS + "hiden: 8\n", "argument 'hiden'"),
+    ],
+)
+def test_settings_that_are_not_those_of_runs_name_their_file(tiny, text, says, capsys):
+    tiny.write_text(text)
     with pytest.raises(SystemExit):
         run.main(["--tier", "tiny", "--list"])
     said = capsys.readouterr().err
-    assert "mnist_node.yaml: no methods in these settings" in said
+    assert "mnist_node.yaml: " in said and says in said
 
 
 RECORDED = [
