@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._brownian import BrownianPath
+from ._random import draw
 from ._solve import diffeqsolve
 from ._sri import SRIW2
 from .data import normalised_split, TimeSeries
@@ -127,10 +128,10 @@ def oscillators(series: int = 1000) -> TimeSeries:
     q = size * jnp.cos(frequency * times + phase)
     p = -size * jnp.sin(frequency * times + phase)
     truth = jnp.stack([q, p, q + p, q**2 + p**2], axis=-1)
-    values = truth + 0.03 * jr.normal(keys[1], truth.shape, float32)
+    values = truth + 0.03 * draw(jr.normal, keys[1], truth.shape, dtype=float32)
     mask = jr.bernoulli(keys[2], float32(0.5), (series, len(times), 1))
     rates = jnp.array(list(_RATES.values()), float32)
-    mask &= jr.bernoulli(keys[3], rates, truth.shape)
+    mask &= draw(jr.uniform, keys[3], truth.shape, dtype=float32) < rates
     return normalised_split(
         "oscillators",
         *map(np.asarray, (times, values, mask)),

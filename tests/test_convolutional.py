@@ -57,6 +57,14 @@ def in_double(tree):
     )
 
 
+def test_kernels_are_those_of_the_initializers_of_jax():
+    glorot = jax.nn.initializers.glorot_uniform(in_axis=-2, out_axis=-1)
+    normal = jax.nn.initializers.normal(0.01)
+    for deviation, initializer in ((None, glorot), (0.01, normal)):
+        found = Conv(4, 5, deviation=deviation, key=jr.key(1)).weight
+        np.testing.assert_array_equal(found, initializer(jr.key(1), (3, 3, 4, 5)))
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_convolution_is_its_sum(stride):
     conv = Conv(3, 2, stride=stride, key=jr.key(2))

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from .. import data
+from .._random import draw
 from ..models import LatentODE
 from ..objectives import (
     gaussian_log_likelihood,
@@ -51,7 +52,9 @@ def tasks(
         observed later is asked for.
     """
     # In single precision, so that the same entries are hidden in double.
-    hidden = np.asarray(jr.bernoulli(jr.key(0), jnp.float32(_HIDDEN), mask.shape))
+    hidden = np.asarray(
+        draw(jr.bernoulli, jr.key(0), mask.shape, p=jnp.float32(_HIDDEN))
+    )
     late = (times > (times[0] + times[-1]) / 2)[:, None]
     return {
         "reconstruction": Task(mask, mask),

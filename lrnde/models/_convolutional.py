@@ -1,6 +1,7 @@
 """Neural ODEs of images."""
 
 import functools
+import math
 
 import diffrax
 import equinox as eqx
@@ -10,6 +11,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
+from .._random import draw
 from .._regularizers import Regularizers
 from ._layers import Linear
 from ._node import make_prediction, NeuralODE, Prediction
@@ -114,11 +116,12 @@ class Conv(eqx.Module):
 
 
 def _kernel(key, shape, deviation):
-    if deviation is None:
-        initializer = jax.nn.initializers.glorot_uniform(in_axis=-2, out_axis=-1)
-    else:
-        initializer = jax.nn.initializers.normal(deviation)
-    return initializer(key, shape)
+    # As the initializers of `jax.nn`, but for `draw`.
+    if deviation is not None:
+        return jnp.asarray(deviation) * draw(jr.normal, key, shape)
+    *window, inputs, outputs = shape
+    variance = jnp.asarray(2 / (math.prod(window) * (inputs + outputs)))  # of Glorot
+    return jnp.sqrt(3 * variance) * draw(jr.uniform, key, shape, minval=-1.0)
 
 
 class TimeConv(eqx.Module):

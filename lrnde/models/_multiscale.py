@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
+from .._random import draw
 from .._regularizers import Regularizers
 from ._convolutional import BatchNorm, Conv
 from ._layers import Linear
@@ -278,7 +279,9 @@ def _dropout(key: PRNGKeyArray, like: Scales) -> Scales:
     """Masks that keep an entry, larger in turn, or make it zero."""
     keys = Scales(*jr.split(key))
     return jax.tree.map(
-        lambda key, x: jr.bernoulli(key, 1 - _DROPOUT, x.shape) / (1 - _DROPOUT),
+        lambda key, x: (
+            draw(jr.bernoulli, key, x.shape, p=1 - _DROPOUT) / (1 - _DROPOUT)
+        ),
         keys,
         like,
     )
