@@ -385,35 +385,36 @@ class _Outcome(NamedTuple):
 def make_step(
     objective: Callable[..., Evaluation],
     optimizer: optax.GradientTransformation,
-    weight: optax.Schedule,
     regularizer: Regularizers,
 ) -> Callable:
     """The training step, compiled once for each step budget.
 
     **Arguments:**
 
-    - `objective`, `optimizer`, `weight`, `regularizer`: As for `fit`.
+    - `objective`, `optimizer`, `regularizer`: As for `fit`.
 
     **Returns:**
 
-    A function `(model, opt_state, batch, key, step, max_steps) -> (model, opt_state),
-    outcome`. A step that does not work out changes nothing.
+    A function `(model, opt_state, batch, key, step, weight, max_steps) -> (model,
+    opt_state), outcome`, where `weight` is an array: the weight of the penalty in this
+    step. A step that does not work out changes nothing.
     """
 
-    def total_loss(model, batch, key, step, max_steps):
+    def total_loss(model, batch, key, weight, max_steps):
         evaluation = objective(
             model, batch, regularizer=regularizer, key=key, max_steps=max_steps
         )
         loss = evaluation.loss
         if regularizer is not None:
-            loss = loss + weight(step) * evaluation.penalty
+            penalty = evaluation.penalty
+            loss = loss + weight.astype(penalty.dtype) * penalty
         return loss, evaluation
 
     @eqx.filter_jit
-    def train_step(model, opt_state, batch, key, step, max_steps):
+    def train_step(model, opt_state, batch, key, step, weight, max_steps):
         key = jr.fold_in(key, step)
         gradient_of = eqx.filter_value_and_grad(total_loss, has_aux=True)
-        (loss, evaluation), gradient = gradient_of(model, batch, key, step, max_steps)
+        (loss, evaluation), gradient = gradient_of(model, batch, key, weight, max_steps)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
         params = eqx.filter(model, eqx.is_inexact_array)
         updates, new_opt_state = optimizer.update(gradient, opt_state, params)
@@ -433,24 +434,28 @@ def make_step(
 
 
 class _Interrupt:
-    """Lets Ctrl-C end the training between two steps; a second one ends it at once."""
+    """Lets Ctrl-C, or the signal of `kill`, end the training between two steps.
+
+    A second one ends it at once.
+    """
 
     def __init__(self):
         self.asked = False
+        self.previous = {}
 
     def __enter__(self):
-        self.in_main_thread = threading.current_thread() is threading.main_thread()
-        if self.in_main_thread:
-            self.previous = signal.signal(signal.SIGINT, self._ask)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._ask)
         return self
 
-    def _ask(self, signum, frame):
+    def _ask(self, number, frame):
         self.asked = True
-        signal.signal(signal.SIGINT, self.previous)
+        signal.signal(number, self.previous[number])
 
     def __exit__(self, *exception):
-        if self.in_main_thread:
-            signal.signal(signal.SIGINT, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
 def fit(
@@ -489,9 +494,9 @@ def fit(
     - `key`: A `jax.random.key`; step `k` uses `jax.random.fold_in(key, k)`.
     - `regularizer`: As for `lrnde.diffeqsolve`.
     - `weight`: The weight of the penalty, a function of the step.
-    - `train_step`: The `make_step` of this objective, optimizer, weight and
-        regularizer, if there is one already: trainings that are given the same one
-        share what it has compiled.
+    - `train_step`: The `make_step` of this objective, optimizer and regularizer, if
+        there is one already: trainings that are given the same one share what it has
+        compiled.
     - `budget`: The step budget to start with.
     - `sharding`: How to lay a batch over devices, `lrnde.training.shardings`: one for
         all of its arrays, or a tree of them with the structure of a batch. The model is
@@ -508,9 +513,9 @@ def fit(
 
     **Returns:**
 
-    The final `State`. Where `state.step < steps` the training was interrupted (Ctrl-C
-    or the deadline). Ctrl-C during the last step raises `KeyboardInterrupt`, if there
-    is a checkpoint to keep its result.
+    The final `State`. Where `state.step < steps` the training was interrupted (Ctrl-C,
+    SIGTERM or the deadline). A signal during the last step raises `KeyboardInterrupt`,
+    if there is a checkpoint to keep its result.
 
     **Raises:**
 
@@ -527,7 +532,7 @@ def fit(
         state = load_checkpoint(checkpoint, state, identity)
     resumed_at = state.step
     if train_step is None:
-        train_step = make_step(objective, optimizer, weight, regularizer)
+        train_step = make_step(objective, optimizer, regularizer)
     compiled = set()
 
     def spread(tree):
@@ -561,6 +566,7 @@ def fit(
                 batch if sharding is None else jax.device_put(batch, sharding),
                 key,
                 jnp.asarray(state.step),
+                jnp.asarray(weight(state.step), float),
                 state.budget.steps,
             )
             evaluation, finite = jax.device_get(outcome)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import diffrax
@@ -182,6 +183,25 @@ def test_one_compilation_once_the_budget_has_settled():
     assert traces == 1
 
 
+def test_each_step_has_its_own_weight():
+    """Trainings with different weights share what is compiled."""
+    regularizer, optimizer = lrnde.LocalError("biased"), optax.adam(1e-2)
+    shared = training.make_step(classification, optimizer, regularizer)
+
+    def trained(steps, weight):
+        kwargs = dict(optimizer=optimizer, regularizer=regularizer, weight=weight)
+        return train(steps, **kwargs, train_step=shared).model
+
+    def late(step):
+        return 10.0 if step == 1 else 0.0
+
+    def never(step):
+        return 0.0
+
+    assert eqx.tree_equal(trained(1, late), trained(1, never))
+    assert not eqx.tree_equal(trained(2, late), trained(2, never))
+
+
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path):
     path = tmp_path / "run.ckpt"
     whole = train(30, regularizer=lrnde.LocalError())
@@ -197,17 +217,18 @@ def test_a_deadline_stops_cleanly(tmp_path):
     assert_same_state(training.load_checkpoint(path, stopped, ""), stopped)
 
 
-def interrupting(step):
-    """A batch; with the sixth one, somebody presses Ctrl-C."""
+def interrupting(step, number=signal.SIGINT):
+    """A batch; with the sixth one, somebody presses Ctrl-C, or kills the process."""
     if step == 5:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
     return batches(step)
 
 
-def test_ctrl_c_returns_what_there_is():
-    before = signal.getsignal(signal.SIGINT)
-    assert train(100, batches=interrupting).step == 6
-    assert signal.getsignal(signal.SIGINT) is before
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_returns_what_there_is(number):
+    before = signal.getsignal(number)
+    assert train(100, batches=partial(interrupting, number=number)).step == 6
+    assert signal.getsignal(number) is before
 
 
 def test_a_checkpoint_knows_who_trained_it(tmp_path):
@@ -342,13 +363,14 @@ def test_permuting_the_batch_permutes_the_prediction():
     )
 
 
-def test_seeds_share_what_is_compiled_and_nothing_else(monkeypatch):
+def test_seeds_and_weights_share_what_is_compiled_and_nothing_else(monkeypatch):
     config = MNISTNode(method="unbiased", steps=3, hidden=4, tolerance=1e-2)
-    other = replace(config, seed=1)
+    weight = {"kind": "exponential", "start": 2.0, "end": 0.5}
+    other = replace(config, seed=1, weight=weight)
     shared = experiments.train_step(config)
     assert experiments.train_step(other) is shared
-    heavier = replace(config, weight={"kind": "constant", "value": 2.0})
-    assert experiments.train_step(heavier) is not shared
+    faster = replace(config, learning_rate={"kind": "constant", "value": 0.1})
+    assert experiments.train_step(faster) is not shared
     with monkeypatch.context() as patch:
         anew = lrnde.LocalError("unbiased", samples=2)
         patch.setitem(experiments.REGULARIZERS, "unbiased", anew)

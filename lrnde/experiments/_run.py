@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar, NamedTuple
@@ -383,19 +383,17 @@ _TRAIN_STEPS: dict[tuple, Callable] = {}
 def train_step(config: Config) -> Callable:
     """The training step of a configuration; see `lrnde.training.make_step`.
 
-    Configurations that differ in nothing but the seed get the same function, so one
-    process compiles it once for all seeds of a method.
+    Configurations that differ in nothing but the seed and the weight get the same
+    function, so one process compiles it once for all seeds of a method.
     """
-    settings = json.dumps(asdict(replace(config, seed=0)), sort_keys=True)
+    different = {"seed": None, "weight": None}
+    settings = json.dumps(asdict(config) | different, sort_keys=True)
     # In a notebook, a class or a regularizer may be made anew under its old name.
     regularizer = REGULARIZERS[config.method]
     same = type(config), id(regularizer), settings
     if same not in _TRAIN_STEPS:
         _TRAIN_STEPS[same] = make_step(
-            config.objective,
-            config.make_optimizer(),
-            schedule(config.weight, config.steps),
-            regularizer,
+            config.objective, config.make_optimizer(), regularizer
         )
     return _TRAIN_STEPS[same]
 
@@ -460,8 +458,20 @@ def measure(
     **Returns:**
 
     From `Config.name` to its `Times`.
+
+    **Raises:**
+
+    - `ValueError` if the runs differ in what they are timed on: data, batch sizes or
+        precision.
     """
     first = configs[0]
+    for name in ("dataset", "batch_size", "eval_batch_size", "precision"):
+        values = {getattr(config, name, None) for config in configs}
+        if len(values) > 1:
+            raise ValueError(
+                f"{first.experiment}: runs with different {name} cannot be timed side "
+                f"by side: {', '.join(map(str, values))}."
+            )
     dataset = first.load_data()
     states = {c.name: load_state(c, dataset, checkpoints(c)) for c in configs}
     with jax.default_matmul_precision(first.precision):
@@ -479,15 +489,16 @@ def _time_train_steps(configs, states, dataset, repeats) -> dict[str, float]:
     keys = itertools.count()
 
     def next_step(config):
-        state = states[config.name]
-        return train_step(config)(
-            state.model,
-            state.opt_state,
-            batch,
-            jr.key(next(keys) // len(configs)),
-            jnp.asarray(state.step),
-            state.budget.steps,
-        )
+        state, key = states[config.name], jr.key(next(keys) // len(configs))
+        weight = schedule(config.weight, config.steps)(state.step)
+        numbers = key, jnp.asarray(state.step), jnp.asarray(weight, float)
+        while True:
+            trained, outcome = train_step(config)(
+                state.model, state.opt_state, batch, *numbers, state.budget.steps
+            )
+            # As in training. If it happens, then in few of the rounds.
+            if outcome.evaluation.successful or not state.budget.grow():
+                return trained, outcome
 
     calls = {c.name: functools.partial(next_step, c) for c in configs}
     return _medians(interleave(calls, repeats))
