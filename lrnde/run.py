@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
+import jax
 import yaml
 from filelock import FileLock, Timeout
 
@@ -47,17 +48,21 @@ def settings(chapter: str, tier: str) -> list[Config]:
     **Raises:**
 
     - `FileNotFoundError`, naming the chapters that there are at this tier.
-    - `ValueError`, naming the file, if its settings are not those of runs.
+    - `ValueError`, naming the file, if its settings are not those of runs at this tier.
     """
     path = PARAMS / tier / f"{chapter.replace('-', '_')}.yaml"
     if not path.exists():
         known = ", ".join(chapters(tier))
         raise FileNotFoundError(f"no {chapter!r} at tier {tier}; there are {known}")
-    found = {"experiment": chapter.replace("_", "-")}
+    found = {"experiment": chapter.replace("_", "-"), "tier": tier}
     try:
-        return experiments.configs(found | yaml.safe_load(path.read_text()))
-    except (TypeError, ValueError) as error:  # the first, if a setting is not known
+        found |= yaml.safe_load(path.read_text()) or {}
+        configs = experiments.configs(found)
+    except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error
+    if found["tier"] != tier:
+        raise ValueError(f"{path}: these are settings of the tier {found['tier']!r}.")
+    return configs
 
 
 def plan(names: Iterable[str], tier: str) -> list[Config]:
@@ -111,6 +116,10 @@ def _done(config: Config) -> int:
 def missing(configs: Iterable[Config]) -> list[Config]:
     """Those that have no record."""
     return [config for config in configs if not record_of(config).exists()]
+
+
+def _guard(config: Config) -> None:
+    records.guard({**vars(config), "config": asdict(config)}, RESULTS)
 
 
 # Several processes
@@ -189,11 +198,11 @@ def seconds_left(configs: Iterable[Config], device: str) -> tuple[float, int]:
     return total, unknown
 
 
-def _outlook(configs: Iterable[Config], helping: bool) -> str:
+def _outlook(configs: Iterable[Config], device: str, helping: bool) -> str:
     left = missing(configs)
     if not left:
         return "none left"
-    seconds, unknown = seconds_left(left, records.provenance("")["device"])
+    seconds, unknown = seconds_left(left, device)
     # Processes that share the work finish it so much sooner; this one is among them
     # if it is `helping`, and not if it only lists what is left.
     others = set(in_progress()) & {title(config) for config in left}
@@ -207,27 +216,46 @@ def _outlook(configs: Iterable[Config], helping: bool) -> str:
 # Running
 
 
-def run(configs: Sequence[Config], deadline: float = math.inf, **options) -> int:
+def _where(origin: dict) -> str:
+    """Says in a line where runs are made, and whether their records will count."""
+    at = f"on {origin['device']}"
+    if (commit := origin["git_commit"]) is None:
+        return f"{at}, without a commit: `make check-results` will refuse the records"
+    if origin["git_clean"]:
+        return f"{at}, commit {commit[:10]}"
+    return (
+        f"{at}, commit {commit[:10]} WITH CHANGES: `make check-results` will refuse "
+        "the records; see `git status`"
+    )
+
+
+def run(
+    configs: Sequence[Config], deadline: float = math.inf, shard: bool = False
+) -> int:
     """Runs what has no record yet and no other process is at.
 
     **Arguments:**
 
     - `configs`: The runs, in their order.
     - `deadline`: Stop cleanly at this `time.monotonic()`.
-    - `options`: Passed on to `lrnde.experiments.run`.
+    - `shard`: Whether to divide every training batch over all devices.
 
     **Returns:**
 
     An exit code: 1 if a run failed (the others are still run); else `STOPPED` if the
-    time was up or Ctrl-C was pressed, and 0 if there is nothing left to do here.
+    time was up or the process was asked to stop (Ctrl-C, SIGTERM), and 0 if there is
+    nothing left to do here.
 
     **Raises:**
 
     - `FileExistsError` if there is a record of other settings in a run's place.
     """
     for config in configs:
-        records.guard({**vars(config), "config": asdict(config)}, RESULTS)
-    records.provenance("")  # takes note of the commit before it may change
+        _guard(config)
+    # This also takes note of the commit before it may change.
+    origin = records.provenance("", jax.device_count() if shard else 1)
+    if missing(configs):
+        print(_where(origin), flush=True)
     code = 0
     for config in configs:
         if record_of(config).exists():
@@ -243,8 +271,8 @@ def run(configs: Sequence[Config], deadline: float = math.inf, **options) -> int
                 continue
             try:
                 _wait_for_measurement(config, deadline)
-                line = _run_one(config, deadline, options)
-            except RuntimeError as error:
+                line = _run_one(config, deadline, shard)
+            except (RuntimeError, ValueError) as error:
                 # One that diverges or is out of memory shall not hold up the others.
                 print(f"{title(config)}: failed: {error}", flush=True)
                 code = 1
@@ -254,12 +282,12 @@ def run(configs: Sequence[Config], deadline: float = math.inf, **options) -> int
         if line is None:
             print(f"{title(config)}: stopped at step {_done(config)}; call again")
             return code or STOPPED
-        outlook = _outlook(configs, helping=True)
+        outlook = _outlook(configs, origin["device"], helping=True)
         print(f"{title(config)}: {line}; {outlook}", flush=True)
     return code
 
 
-def _run_one(config: Config, deadline: float, options: dict) -> str | None:
+def _run_one(config: Config, deadline: float, shard: bool) -> str | None:
     """Runs and records; what came out in a line, or `None` if it was stopped."""
     started = time.monotonic()
     finished = experiments.run(
@@ -267,7 +295,7 @@ def _run_one(config: Config, deadline: float, options: dict) -> str | None:
         checkpoint=checkpoint_of(config),
         deadline=deadline,
         progress=sys.stderr.isatty(),
-        **options,
+        shard=shard,
     )
     if finished is None:
         return None
@@ -289,10 +317,9 @@ def measure(configs: Sequence[Config]) -> None:
     **Raises:**
 
     - `RuntimeError` if runs are in progress, which would take their share of the time.
-    - `ValueError` if a run was made on another device, or its trained model is not the
-        one that was evaluated.
-    - `FileNotFoundError` if the trained model of a run is not at hand.
-    - `TrainingError` if its checkpoint is damaged, or of another version of lrnde.
+    - `ValueError`, naming all of them, if runs were made on another device, or their
+        trained models are not at hand, or are not those that were evaluated.
+    - `TrainingError` if a checkpoint is damaged, or of another version of lrnde.
     """
     with _measurement():
         if busy := in_progress():
@@ -301,10 +328,14 @@ def measure(configs: Sequence[Config]) -> None:
                 "Measure when nothing runs."
             )
         done = [config for config in configs if record_of(config).exists()]
+        if not done:
+            print("nothing to measure: none of these runs has a record")
         here = records.provenance("")
         origin = {name: here[name] for name in records.MEASURED}
-        for config in done:
-            _check_measurable(config, records.load(record_of(config)), here["device"])
+        found = [(c, _unmeasurable(c, here["device"])) for c in done]
+        if problems := [f"{title(c)}: {why}" for c, why in found if why]:
+            rest = "Choose others with --method and --seed, if only these cannot be."
+            raise ValueError("\n".join(["nothing was measured.", *problems, rest]))
         for group in _by_experiment(done).values():
             _measure_side_by_side(group, origin)
 
@@ -339,31 +370,37 @@ def _measure_side_by_side(configs: list[Config], origin: dict) -> None:
         print(f"{title(config)}: predict {predict:.2f} ms, training step {step:.2f} ms")
 
 
-def _check_measurable(config: Config, record: dict, here: str) -> None:
-    device, checkpoint = record["provenance"]["device"], checkpoint_of(config)
+def _unmeasurable(config: Config, here: str) -> str | None:
+    """Why a run that has a record cannot be measured here; `None` if it can."""
+    record, checkpoint = records.load(record_of(config)), checkpoint_of(config)
+    device = record["provenance"]["device"]
     if device != here:
-        raise ValueError(
-            f"{title(config)} ran on {device}, this is {here}: measure it there, or "
-            "its record would mix two machines. (What was trained with --shard is not "
-            "measured: leave it out with --method and --seed.)"
+        return (
+            f"ran on {device}, this is {here}: measure it there, or its record would "
+            "mix two machines. (What was trained with --shard is not measured.)"
         )
     if not checkpoint.exists():
-        raise FileNotFoundError(
-            f"{title(config)} has a record, but no trained model in {checkpoint}: copy "
-            "that file here, or run it again."
+        return (
+            f"has a record, but no trained model in {checkpoint}: copy that file here, "
+            "or run it again."
         )
     finished = steps_done(checkpoint) == config.steps
     if not finished or history_of(checkpoint).curves != record["curves"]:
-        raise ValueError(
-            f"{title(config)}: {checkpoint} is not the model that the record is of. "
-            "Bring back the right one, or delete both and run it again."
+        return (
+            f"{checkpoint} is not the model that the record is of. Bring back the "
+            "right one, or delete both and run it again."
         )
+    return None
 
 
 # The command line
 
 
 def _state(config: Config) -> str:
+    try:
+        _guard(config)
+    except FileExistsError as error:
+        return f"in its place: {error}"
     if record_of(config).exists():
         return "done"
     done = _done(config)
@@ -373,11 +410,13 @@ def _state(config: Config) -> str:
 def show(configs: Sequence[Config], all_of_them: bool) -> None:
     """Lists the experiments with what is missing, or with all of their runs."""
     for experiment, runs in _by_experiment(configs).items():
-        left = missing(runs)
-        print(f"{experiment}: {len(runs) - len(left)} of {len(runs)} runs have records")
-        for config in runs if all_of_them else left:
-            print(f"  {config.name}: {_state(config)}")
-    print(_outlook(configs, helping=False))
+        states = [(config.name, _state(config)) for config in runs]
+        done = sum(state == "done" for _, state in states)
+        print(f"{experiment}: {done} of {len(runs)} runs have records")
+        for name, state in states:
+            if all_of_them or state != "done":
+                print(f"  {name}: {state}")
+    print(_outlook(configs, records.provenance("")["device"], helping=False))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -408,6 +447,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.measure and options.shard:
         parser.error("--measure times one device: leave out --shard")
+    if options.measure and math.isfinite(options.max_minutes):
+        parser.error("--measure runs to its end: leave out --max-minutes")
     deadline = time.monotonic() + 60 * options.max_minutes
     if not chapters(options.tier):
         parser.error(f"no tier {options.tier!r}; see notebooks/params")
@@ -435,7 +476,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config.sharding()
         except ValueError as error:
             parser.error(f"{title(config)} with --shard: {error}")
-    return run(configs, deadline, shard=options.shard)
+    try:
+        return run(configs, deadline, options.shard)
+    except FileExistsError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

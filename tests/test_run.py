@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 from filelock import FileLock
@@ -57,6 +58,11 @@ def test_runs_are_recorded_measured_and_not_repeated(tiny, monkeypatch, capsys):
     experiments.run(config, checkpoint=checkpoint, deadline=0.0, progress=False)
     with pytest.raises(ValueError, match="not the model that the record is of"):
         run.main([*arguments, "--measure"])
+    # All that cannot be measured is named at once.
+    for config in run.plan(["mnist-node"], "tiny"):
+        run.checkpoint_of(config).unlink()
+    with pytest.raises(ValueError, match="(?s)vanilla-seed3: has .*biased-seed3: has "):
+        run.main([*arguments, "--measure"])
     checkpoint.write_bytes(whole)
 
     monkeypatch.setattr(experiments, "run", None)  # would fail if it were called
@@ -67,8 +73,13 @@ def test_runs_are_recorded_measured_and_not_repeated(tiny, monkeypatch, capsys):
 
     # Other settings under the same name are not taken for done.
     tiny.write_text(SETTINGS.replace("steps: 3", "steps: 4"))
-    with pytest.raises(FileExistsError, match="another config"):
+    with pytest.raises(SystemExit):
         run.main(arguments)
+    assert "another config" in capsys.readouterr().err
+    assert run.main([*arguments, "--missing"]) == 0
+    listed = capsys.readouterr().out
+    assert "0 of 2 runs have records" in listed
+    assert listed.count("another config") == 2
 
     # Times of this machine do not go into the record of another one.
     tiny.write_text(SETTINGS)
@@ -78,12 +89,15 @@ def test_runs_are_recorded_measured_and_not_repeated(tiny, monkeypatch, capsys):
         run.main([*arguments, "--measure"])
 
 
-def test_the_work_is_shared_and_one_failure_does_not_end_it(tiny, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [TrainingError, ValueError])
+def test_the_work_is_shared_and_one_failure_does_not_end_it(
+    tiny, monkeypatch, capsys, kind
+):
     """A run that another process has is left to it, and is no reason to measure."""
 
     def fake(config, **kwargs):
         if config.method == "vanilla":
-            raise TrainingError("step 2: the loss is not finite")
+            raise kind("step 2: the loss is not finite")
         raise AssertionError("another process is at this one")
 
     monkeypatch.setattr(experiments, "run", fake)
@@ -101,6 +115,28 @@ def test_the_work_is_shared_and_one_failure_does_not_end_it(tiny, monkeypatch, c
     assert run.main(["--tier", "tiny", "--missing"]) == 0
     out = capsys.readouterr().out
     assert "0 of 2 runs have records" in out and "2 left, time unknown" in out
+
+
+def test_what_runs_says_where_and_whether_its_records_will_count(monkeypatch):
+    origin = {"device": "a GPU", "git_commit": 40 * "a", "git_clean": True}
+    assert run._where(origin) == "on a GPU, commit aaaaaaaaaa"
+    for changes in ({"git_clean": False}, {"git_commit": None, "git_clean": None}):
+        assert "`make check-results` will refuse" in run._where(origin | changes)
+
+
+def test_there_may_be_nothing_to_measure(tiny, capsys):
+    assert run.main(["--tier", "tiny", "--measure"]) == 0
+    assert "nothing to measure" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run.main(["--tier", "tiny", "--measure", "--max-minutes", "5"])
+    assert "leave out --max-minutes" in capsys.readouterr().err
+
+
+def test_what_is_timed_on_different_data_is_not_compared(tiny):
+    configs = run.plan(["mnist-node"], "tiny")
+    other = replace(configs[1], batch_size=64)
+    with pytest.raises(ValueError, match="different batch_size"):
+        experiments.measure([configs[0], other], run.checkpoint_of)
 
 
 def test_a_failure_shows_in_the_exit_code_of_a_run_that_is_stopped(tiny, monkeypatch):
@@ -250,6 +286,9 @@ def test_an_unknown_experiment_lists_what_there_is(tiny, capsys):
     [
         ("hidden: 8\n", "no methods in these settings"),
         (SETTINGS + "hiden: 8\n", "argument 'hiden'"),
+        (SETTINGS.replace("tier: tiny", "tier: cpu"), "settings of the tier 'cpu'"),
+        (SETTINGS + "hidden: [8\n", "expected ',' or ']'"),
+        ("", "no methods in these settings"),
     ],
 )
 def test_settings_that_are_not_those_of_runs_name_their_file(tiny, text, says, capsys):
