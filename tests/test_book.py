@@ -123,6 +123,9 @@ STALE = {
     "new module": lambda root: write(root / "lrnde" / "fit.py", ""),
     "record": lambda root: write(root / "book/results/mnist/run.json", "[]\n"),
     "new record": lambda root: write(root / "book/results/mnist/two.json", ""),
+    "benchmark": lambda root: write(root / "book" / "benchmarks" / "cpu.json", "[]\n"),
+    "timing": lambda root: write(root / "benchmarks" / "compare.py", "x = 2\n"),
+    "settings": lambda root: write(root / "notebooks/params/cpu/mnist.yaml", "a: 2\n"),
     "tags": lambda root: write_chapter(root, "1 + 1", tags=["hide-input"]),
 }
 # The notebook cache itself sees a change of code, and needs none for one of prose.
