@@ -49,7 +49,7 @@ clean: ## Remove the built book, its notebook cache and the environment
 $(STAMP): pyproject.toml
 	@rm -f $(STAMP)
 ifdef UV
-	uv venv --quiet --allow-existing --python '>=3.11' .venv
+	uv venv --quiet --allow-existing --python '$(if $(filter file,$(origin PYTHON)),>=3.11,$(PYTHON))' .venv
 else
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'lrnde needs Python 3.11 or later: PYTHON=python3.12 make ...' >&2; exit 1; }
