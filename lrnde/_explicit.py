@@ -12,6 +12,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import lineax as lx
 import numpy as np
 from equinox import AbstractClassVar
 from jax import lax
@@ -62,9 +63,13 @@ class AbstractExplicitRungeKutta(diffrax.AbstractAdaptiveSolver):
         elif made_jump is not False:
             first = lax.cond(made_jump, lambda: terms.vf(t0, y0, args), lambda: first)
         stages = [first]
+        linear = _linear_in_its_arrays(first)
 
         def increment(coefficients):
-            return terms.prod(combine(coefficients, stages), control)
+            if linear:  # one product instead of one for each stage
+                return terms.prod(combine(coefficients, stages), control)
+            products = [terms.prod(stage, control) for stage in stages]
+            return combine(coefficients, products)
 
         y1 = y0
         for a, c in zip(tableau.a_lower, tableau.c, strict=True):
@@ -82,6 +87,21 @@ class AbstractExplicitRungeKutta(diffrax.AbstractAdaptiveSolver):
         last = stages[-1] if tableau.fsal else None
         dense_info = dict(y0=y0, y1=y1, k=k)
         return y1, y_error, dense_info, last, diffrax.RESULTS.successful
+
+
+def _linear_in_its_arrays(vf: PyTree) -> bool:
+    """Whether a linear combination of such values is that of their arrays.
+
+    Not so where a value is a lineax operator that is a product, or has no array at all.
+    """
+    plain = lx.DiagonalLinearOperator, lx.MatrixLinearOperator
+    leaves = jtu.tree_leaves(
+        vf, is_leaf=lambda x: isinstance(x, lx.AbstractLinearOperator)
+    )
+    return all(
+        isinstance(x, plain) or not isinstance(x, lx.AbstractLinearOperator)
+        for x in leaves
+    )
 
 
 def add(y: PyTree[Array], dy: PyTree[Array]) -> PyTree[Array]:

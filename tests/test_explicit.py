@@ -6,6 +6,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import lineax as lx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -132,3 +133,29 @@ def test_any_tree_of_any_dtype(tree, dtype, seed):
             assert a.dtype == b.dtype
             tolerance = 1e-5 if a.dtype in (jnp.float32, jnp.complex64) else 1e-12
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+OPERATORS = {
+    "diagonal": lambda t, y, args: lx.DiagonalLinearOperator(jnp.sin(t + y)),
+    "matrix": lambda t, y, args: lx.MatrixLinearOperator(jnp.outer(y, jnp.cos(t + y))),
+    "product": lambda t, y, args: lx.DiagonalLinearOperator(y) * jnp.sin(t + 1),
+    "composition": lambda t, y, args: (
+        lx.DiagonalLinearOperator(y) @ lx.DiagonalLinearOperator(jnp.cos(y))
+    ),
+    "identity": lambda t, y, args: lx.IdentityLinearOperator(jax.eval_shape(lambda: y)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_vector_field_may_be_any_linear_operator(name, float64):
+    values = jnp.array([[0.0, 0.0], [0.9, -0.4], [0.5, 0.8]])
+    path = diffrax.LinearInterpolation(jnp.array([0.0, 0.6, 1.0]), values)
+    terms = diffrax.MultiTerm(
+        diffrax.ODETerm(lambda t, y, args: -y),
+        diffrax.ControlTerm(OPERATORS[name], path),
+    )
+    ours, theirs = (
+        diffrax.diffeqsolve(terms, solver, 0.0, 1.0, 0.25, jnp.array([0.3, -0.4])).ys
+        for solver in (lrnde.Bosh3(), diffrax.Bosh3())
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
