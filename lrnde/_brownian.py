@@ -81,6 +81,12 @@ class BrownianPath(diffrax.AbstractBrownianPath):
     ):
         if isinstance(shape, tuple) and all(isinstance(n, int) for n in shape):
             shape = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
+        leaves = jtu.tree_leaves(shape)
+        if not all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+            raise TypeError(
+                f"shape={shape!r} must be a tuple of whole numbers, such as `(3,)`, or "
+                "a PyTree of `jax.ShapeDtypeStruct`."
+            )
         if levy_area not in (diffrax.SpaceTimeLevyArea, diffrax.BrownianIncrement):
             raise ValueError(
                 f"levy_area={levy_area!r}: choose `diffrax.SpaceTimeLevyArea` or "

@@ -24,7 +24,7 @@ def evaluates_first_stage(
     inner = solver
     while isinstance(inner, diffrax.HalfSolver):
         inner = inner.solver
-    if isinstance(inner, AbstractExplicitRungeKutta):
+    if isinstance(inner, AbstractExplicitRungeKutta | diffrax.ReversibleHeun):
         return jumped
     if isinstance(inner, diffrax.AbstractRungeKutta) and solver_state is not None:
         return solver_state[0] | jumped
@@ -92,7 +92,7 @@ def _solver_cost(solver: diffrax.AbstractSolver) -> _Cost | None:
         fsal = int(tableau.fsal)
         return _Cost(0, tableau.num_stages - fsal, fsal)
     if isinstance(solver, diffrax.ReversibleHeun):
-        return _Cost(1, 1, 0)
+        return _Cost(1, 1, 1)
     if isinstance(solver, diffrax.Euler | diffrax.LeapfrogMidpoint):
         return _Cost(0, 1, 0)
     return None
@@ -159,9 +159,9 @@ def count_evaluations(
     **Returns:**
 
     `"nfe"`, an integer; `None` for a solver whose evaluations cannot be counted from
-    outside (an implicit one: its root finder decides). For a stochastic differential
-    equation with a drift and a diffusion, also `"nfe_drift"`, which is the same, and
-    `"nfe_diffusion"`.
+    outside (an implicit one: its root finder decides; and some rarely used ones). For a
+    stochastic differential equation with a drift and a diffusion, also `"nfe_drift"`,
+    which is the same, and `"nfe_diffusion"`.
     """
     stochastic = is_sde(terms) and isinstance(terms, diffrax.MultiTerm)
     names = ("nfe_drift", "nfe_diffusion") if stochastic else ("nfe",)

@@ -153,21 +153,23 @@ def check_plan(
     - `TypeError`, `ValueError`, as `lrnde.diffeqsolve`.
     """
     for _, x, _ in (*plan.local, *plan.sums):
-        _check_steps(x, solver, controller)
+        _check_steps(x, terms, solver, controller)
     for _, x, _ in plan.sums:
         _check_step_by_step(x, adjoint)
     for _, x, _ in plan.integrals:
         _check_integral(x, terms, adjoint, solver_state, old_event)
 
 
-def _check_steps(regularizer: AbstractStepRegularizer, solver, controller) -> None:
+def _check_steps(
+    regularizer: AbstractStepRegularizer, terms, solver, controller
+) -> None:
     if not isinstance(controller, diffrax.AbstractAdaptiveStepSizeController):
         raise ValueError(
             f"{type(regularizer).__name__} measures adaptive steps, but "
             f"{type(controller).__name__} does not adapt them. Pass for example "
             "`stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-6)`."
         )
-    regularizer.check(solver)
+    regularizer.check(terms, solver)
 
 
 def _check_step_by_step(regularizer: AbstractGlobalRegularizer, adjoint) -> None:

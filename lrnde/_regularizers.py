@@ -10,6 +10,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from diffrax._heuristics import is_sde
 from jax import lax
 from jaxtyping import Array, Int, PyTree, Real
 
@@ -55,9 +56,14 @@ Regularizers: TypeAlias = (
 class AbstractStepRegularizer(AbstractRegularizer):
     """A regularizer that measures steps of an adaptive solver."""
 
-    @abc.abstractmethod
-    def check(self, solver: diffrax.AbstractSolver) -> None:
-        """Raises a `TypeError` if this regularizer cannot measure steps of `solver`."""
+    def check(
+        self, terms: PyTree[diffrax.AbstractTerm], solver: diffrax.AbstractSolver
+    ) -> None:
+        """Raises a `TypeError` if this regularizer cannot measure such steps.
+
+        The terms and the solver are those passed to `lrnde.diffeqsolve`. Without a
+        method of its own a regularizer takes any.
+        """
 
     @abc.abstractmethod
     def measure(self, step: TakenStep) -> Real[Array, ""]:
@@ -127,9 +133,10 @@ _LOCAL = """
     **Arguments:**
 
     - `sampling`: How to draw the step.
-    - `step`: `"taken"` measures the very step that the solver took. (Only
-        `diffrax.ReversibleHeun`, which carries a second state from step to step, starts
-        that one afresh.) `"restarted"`
+    - `step`: `"taken"` measures the very step that the solver took. (Only what a solver
+        carries from step to step is made afresh: the second state of
+        `diffrax.ReversibleHeun`, and the first stage of an implicit solver, which
+        differs by what its root finder leaves.) `"restarted"`
         starts a new one, as Pal et al. (2023) do: from the drawn time (under
         `"unbiased"` a uniform time inside the step, the state there interpolated), with
         a step size from the controller's own choice of a first step. Such steps are
@@ -166,7 +173,7 @@ class LocalError(AbstractLocalRegularizer):
     step: str = eqx.field(static=True, default="taken")
     samples: int = eqx.field(static=True, default=1)
 
-    def check(self, solver):
+    def check(self, terms, solver):
         _check_error(self, solver)
 
     def measure(self, step):
@@ -198,7 +205,7 @@ class GlobalError(AbstractGlobalRegularizer):
     def __check_init__(self):
         _check_choice("form", self.form, ("sum", "mean", "squared"))
 
-    def check(self, solver):
+    def check(self, terms, solver):
         _check_error(self, solver)
 
     def measure(self, step):
@@ -227,8 +234,8 @@ class LocalStiffness(AbstractLocalRegularizer):
     step: str = eqx.field(static=True, default="taken")
     samples: int = eqx.field(static=True, default=1)
 
-    def check(self, solver):
-        _check_explicit(self, solver)
+    def check(self, terms, solver):
+        _check_explicit(self, terms, solver)
 
     def measure(self, step):
         return _stiffness(step)
@@ -258,8 +265,8 @@ class GlobalStiffness(AbstractGlobalRegularizer):
     def __check_init__(self):
         _check_choice("form", self.form, ("sum", "max"))
 
-    def check(self, solver):
-        _check_explicit(self, solver)
+    def check(self, terms, solver):
+        _check_explicit(self, terms, solver)
 
     def measure(self, step):
         return _stiffness(step)
@@ -281,7 +288,7 @@ def _error(step: TakenStep) -> Real[Array, ""]:
     return scaled_error(step.controller, step.y0, step.y1, step.y_error)
 
 
-def _check_explicit(regularizer, solver) -> None:
+def _check_explicit(regularizer, terms, solver) -> None:
     tableau = getattr(solver, "tableau", None)
     explicit = isinstance(tableau, diffrax.ButcherTableau) and not tableau.implicit
     if not explicit:
@@ -289,6 +296,12 @@ def _check_explicit(regularizer, solver) -> None:
             f"{type(regularizer).__name__} needs an explicit Runge-Kutta solver, such "
             f"as `diffrax.Tsit5()`; {type(solver).__name__} is not one. `LocalError` "
             "and `GlobalError` work with any solver that has an error estimate."
+        )
+    if is_sde(terms):
+        raise TypeError(
+            f"{type(regularizer).__name__} compares the stages of a step, which the "
+            "noise of a stochastic differential equation tears apart. `LocalError` and "
+            "`GlobalError` work with such equations, too."
         )
 
 
@@ -325,7 +338,8 @@ def _last_stages(step: TakenStep, tableau: diffrax.ButcherTableau):
     if last > 1 and tableau.c[last - 1] == tableau.c[last - 2]:
         k_before = jtu.tree_map(lambda k: k[last - 1], ks)
     else:
-        t = step.t0 + tableau.c[last - 1] * (step.t1 - step.t0)
+        c = np.asarray(tableau.c[last - 1], jnp.result_type(step.t0))
+        t = step.t0 + c * (step.t1 - step.t0)
         control = step.terms.contr(step.t0, step.t1)
         k_before = step.terms.vf_prod(t, g_before, step.args, control)
     return (k_last, k_before), (g_last, g_before)

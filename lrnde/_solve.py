@@ -67,8 +67,9 @@ def diffeqsolve(
 
     - the `diffrax.Solution`. Its `stats` also hold `"nfe"`, the number of vector field
         evaluations of the solve: rejected steps, the first stage and the choice of the
-        first step included; `None` where it cannot be counted (implicit solvers). For
-        a stochastic differential equation it counts the drift, and `"nfe_drift"` and
+        first step included, what an event evaluates left out; `None` where it cannot be
+        counted (implicit solvers and some others). For a stochastic differential
+        equation it counts the drift, and `"nfe_drift"` and
         `"nfe_diffusion"` stand beside it.
     - the penalty, a real scalar: the weighted sum over regularizers. The gradient of a
         local one reaches `terms` and `args` through the step that is measured; it is
@@ -165,7 +166,7 @@ def diffeqsolve(
         y0,
         args,
         sol.stats["num_steps"],
-        state.first_stages if adaptive else first.astype(jnp.int32),
+        state.first_stages if adaptive else jnp.minimum(first, sol.stats["num_steps"]),
         resumed=resumed,
     )
     measured = [x * direction for x in integrals]

@@ -66,8 +66,9 @@ class AbstractSRI(diffrax.AbstractAdaptiveSolver, diffrax.AbstractItoSolver):
     Solves $dy = f(t, y) dt + g(t, y) dW$ in the sense of Ito with diagonal noise, where
     each component of the state is driven by a Brownian motion of its own, or with a
     single Brownian motion for all of them. The terms are
-    `diffrax.MultiTerm(diffrax.ODETerm(f), diffrax.ControlTerm(g, path))`, where `g`
-    returns a `lineax.DiagonalLinearOperator` and `path` knows its space-time Levy area.
+    `diffrax.MultiTerm(diffrax.ODETerm(f), diffrax.ControlTerm(g, path))`, where `path`
+    knows its space-time Levy area and `g` returns a `lineax.DiagonalLinearOperator`, or
+    an array in the case of a single Brownian motion.
 
     For `t1 < t0` use a `lrnde.BrownianPath`: diffrax turns the sign of a tree's Levy
     area along with that of its increment, which is another path.
@@ -195,6 +196,7 @@ def _iterated_integrals(solver, diffusion, t0, t1, h) -> _IteratedIntegrals:
         raise ValueError(
             f"{type(solver).__name__} needs a Brownian motion that knows its "
             "space-time Levy area, as the second term's control: "
+            "`lrnde.BrownianPath(...)` with its default `levy_area`, or "
             "`diffrax.VirtualBrownianTree(..., levy_area=diffrax.SpaceTimeLevyArea)`."
         )
 

@@ -137,9 +137,6 @@ def test_a_restarted_step_starts_at_a_uniform_time(float64, getkey):
         step: str = eqx.field(static=True, default="restarted")
         samples: int = eqx.field(static=True, default=1)
 
-        def check(self, solver):
-            pass
-
         def measure(self, step):
             return step.t0
 
@@ -294,6 +291,28 @@ def test_stiffness_of_a_linear_field_is_its_eigenvalue(solver, float64, getkey):
     )
     expected = 2.0 * rate / lrnde.stability_interval(solver)
     np.testing.assert_allclose(penalty, expected, rtol=1e-6)
+
+
+@named("regularizer", [lrnde.LocalStiffness(), lrnde.GlobalStiffness()])
+def test_stiffness_of_a_stochastic_equation_is_refused(regularizer, getkey):
+    """Its noise is among the stages, so the estimate would grow with small steps."""
+    tree = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-2, (), getkey())
+    terms = diffrax.MultiTerm(
+        diffrax.ODETerm(lambda t, y, args: -y),
+        diffrax.ControlTerm(lambda t, y, args: 0.5 * y, tree),
+    )
+    with pytest.raises(TypeError, match="LocalError"):
+        lrnde.diffeqsolve(
+            terms,
+            diffrax.Heun(),
+            0.0,
+            1.0,
+            0.1,
+            jnp.array(1.0),
+            stepsize_controller=CONTROLLER,
+            regularizer=regularizer,
+            key=getkey(),
+        )
 
 
 def test_stiffness_of_a_field_at_rest_is_zero(getkey):

@@ -51,7 +51,10 @@ def test_nfe_equals_a_counting_vector_field(solver, dt0):
     assert dt0 is None or sol.stats["num_rejected_steps"] > 0
 
 
-@named("solver", [lrnde.Tsit5(), diffrax.Tsit5(), diffrax.Heun()], ids=solver_id)
+JUMPING = [lrnde.Tsit5(), diffrax.Tsit5(), diffrax.Heun(), diffrax.ReversibleHeun()]
+
+
+@named("solver", JUMPING, ids=solver_id)
 def test_nfe_counts_the_stages_after_a_jump(solver):
     counter = Counter(TERM.vector_field)
     controller = diffrax.ClipStepSizeController(CONTROLLER, jump_ts=[0.5, 1.2])
@@ -66,6 +69,14 @@ def test_nfe_of_constant_steps(solver):
     counter = Counter(TERM.vector_field)
     _, _, t0, t1, _, y0, a = problem(solver)
     sol, _ = lrnde.diffeqsolve(diffrax.ODETerm(counter), solver, t0, t1, 0.125, y0, a)
+    assert sol.stats["nfe"] == counter.total()
+
+
+@named("solver", [lrnde.Tsit5(), diffrax.Tsit5()], ids=solver_id)
+def test_nfe_of_a_solve_of_no_length(solver):
+    counter = Counter(TERM.vector_field)
+    _, _, t0, _, _, y0, a = problem(solver)
+    sol, _ = lrnde.diffeqsolve(diffrax.ODETerm(counter), solver, t0, t0, 0.1, y0, a)
     assert sol.stats["nfe"] == counter.total()
 
 
