@@ -84,7 +84,7 @@ class ConvNet(eqx.Module):
 
 
 def _stretch(field: PyTree, factor: float) -> PyTree:
-    """Larger weights make dynamics that take more steps, as trained networks do."""
+    """Larger weights make dynamics that take more steps."""
     return jax.tree.map(lambda x: factor * x, field)
 
 
