@@ -17,6 +17,6 @@ def draw(
 
     The numbers are the same, since JAX makes them in row-major order. But XLA for CPUs
     takes up to nine seconds to compile a draw of four axes, and a third of a second to
-    compile one of a single axis.
+    compile one of a single axis. Other arguments than the shape are single numbers.
     """
     return sampler(key, shape=(math.prod(shape),), **kwargs).reshape(shape)

@@ -226,7 +226,7 @@ class LocalStiffness(AbstractLocalRegularizer):
     $\\rho$ of the solver's stability interval on the negative real axis. Where the last
     two stages of a tableau have different nodes, the derivative at the last but one is
     evaluated once more at the last node. The solver has to be an explicit Runge-Kutta
-    method."""
+    method, and the equation must have no noise."""
         + _LOCAL
     )
 
@@ -246,7 +246,8 @@ class GlobalStiffness(AbstractGlobalRegularizer):
         """Regularizes by the stiffness estimates of all steps of the solve.
 
     $\\sum_j S_j$ over the accepted steps, $S_j$ as in `lrnde.LocalStiffness` (SRNODE,
-    Pal et al. 2021). The solver has to be an explicit Runge-Kutta method."""
+    Pal et al. 2021). The solver has to be an explicit Runge-Kutta method, and the
+    equation must have no noise."""
         + _GLOBAL
         + """
     **Arguments:**

@@ -142,7 +142,8 @@ def diffeqsolve(
         event=problem.event,
         controller_state=controller_state,
         solver_state=solver_state,
-        made_jump=made_jump,
+        # As an array: what diffrax knows to be true it takes to be true of each step.
+        made_jump=made_jump if made_jump is None else jnp.asarray(made_jump),
         throw=throw,
         **kwargs,
     )

@@ -198,8 +198,7 @@ def seconds_left(configs: Iterable[Config], device: str) -> tuple[float, int]:
     return total, unknown
 
 
-def _outlook(configs: Iterable[Config], device: str, helping: bool) -> str:
-    left = missing(configs)
+def _outlook(left: Sequence[Config], device: str, helping: bool) -> str:
     if not left:
         return "none left"
     seconds, unknown = seconds_left(left, device)
@@ -243,8 +242,8 @@ def run(
     **Returns:**
 
     An exit code: 1 if a run failed (the others are still run); else `STOPPED` if the
-    time was up or the process was asked to stop (Ctrl-C, SIGTERM), and 0 if there is
-    nothing left to do here.
+    time was up or the process was asked to stop (Ctrl-C, or SIGTERM in the training),
+    and 0 if there is nothing left to do here.
 
     **Raises:**
 
@@ -282,7 +281,7 @@ def run(
         if line is None:
             print(f"{title(config)}: stopped at step {_done(config)}; call again")
             return code or STOPPED
-        outlook = _outlook(configs, origin["device"], helping=True)
+        outlook = _outlook(missing(configs), origin["device"], helping=True)
         print(f"{title(config)}: {line}; {outlook}", flush=True)
     return code
 
@@ -409,14 +408,18 @@ def _state(config: Config) -> str:
 
 def show(configs: Sequence[Config], all_of_them: bool) -> None:
     """Lists the experiments with what is missing, or with all of their runs."""
+    left = []
     for experiment, runs in _by_experiment(configs).items():
-        states = [(config.name, _state(config)) for config in runs]
-        done = sum(state == "done" for _, state in states)
-        print(f"{experiment}: {done} of {len(runs)} runs have records")
-        for name, state in states:
+        states = [(config, _state(config)) for config in runs]
+        to_do = [config for config, state in states if state != "done"]
+        print(
+            f"{experiment}: {len(runs) - len(to_do)} of {len(runs)} runs have records"
+        )
+        for config, state in states:
             if all_of_them or state != "done":
-                print(f"  {name}: {state}")
-    print(_outlook(configs, records.provenance("")["device"], helping=False))
+                print(f"  {config.name}: {state}")
+        left += to_do
+    print(_outlook(left, records.provenance("")["device"], helping=False))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

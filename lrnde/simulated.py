@@ -131,6 +131,7 @@ def oscillators(series: int = 1000) -> TimeSeries:
     values = truth + 0.03 * draw(jr.normal, keys[1], truth.shape, dtype=float32)
     mask = jr.bernoulli(keys[2], float32(0.5), (series, len(times), 1))
     rates = jnp.array(list(_RATES.values()), float32)
+    # As `jr.bernoulli`, of which `draw` takes a single rate.
     mask &= draw(jr.uniform, keys[3], truth.shape, dtype=float32) < rates
     return normalised_split(
         "oscillators",

@@ -436,7 +436,8 @@ def make_step(
 class _Interrupt:
     """Lets Ctrl-C, or the signal of `kill`, end the training between two steps.
 
-    A second one ends it at once.
+    A second one ends it at once. With several processes the latter is JAX's, which
+    looks for warnings that a machine will be taken away.
     """
 
     def __init__(self):
@@ -445,7 +446,9 @@ class _Interrupt:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            alone = jax.process_count() == 1
+            numbers = [signal.SIGINT, signal.SIGTERM] if alone else [signal.SIGINT]
+            for number in numbers:
                 self.previous[number] = signal.signal(number, self._ask)
         return self
 

@@ -80,6 +80,7 @@ def test_runs_are_recorded_measured_and_not_repeated(tiny, monkeypatch, capsys):
     listed = capsys.readouterr().out
     assert "0 of 2 runs have records" in listed
     assert listed.count("another config") == 2
+    assert "none left" not in listed
 
     # Times of this machine do not go into the record of another one.
     tiny.write_text(SETTINGS)

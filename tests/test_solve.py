@@ -64,11 +64,13 @@ def test_nfe_counts_the_stages_after_a_jump(solver):
     assert sol.stats["nfe"] == counter.total()
 
 
+@named("made_jump", [None, True])
 @named("solver", [lrnde.Tsit5(), diffrax.Tsit5(), diffrax.Euler()], ids=solver_id)
-def test_nfe_of_constant_steps(solver):
+def test_nfe_of_constant_steps(solver, made_jump):
     counter = Counter(TERM.vector_field)
     _, _, t0, t1, _, y0, a = problem(solver)
-    sol, _ = lrnde.diffeqsolve(diffrax.ODETerm(counter), solver, t0, t1, 0.125, y0, a)
+    args = (diffrax.ODETerm(counter), solver, t0, t1, 0.125, y0, a)
+    sol, _ = lrnde.diffeqsolve(*args, made_jump=made_jump)
     assert sol.stats["nfe"] == counter.total()
 
 

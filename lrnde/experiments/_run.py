@@ -461,11 +461,12 @@ def measure(
 
     **Raises:**
 
-    - `ValueError` if the runs differ in what they are timed on: data, batch sizes or
-        precision.
+    - `ValueError` if the runs differ in what they are timed on: data, the sizes of
+        batches or precision.
     """
     first = configs[0]
-    for name in ("dataset", "batch_size", "eval_batch_size", "precision"):
+    sizes = ("batch_size", "eval_batch_size", "trajectories", "times")
+    for name in ("dataset", "validation", *sizes, "precision"):
         values = {getattr(config, name, None) for config in configs}
         if len(values) > 1:
             raise ValueError(
