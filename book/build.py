@@ -40,9 +40,9 @@ def fingerprint(root: Path) -> str:
 
 
 def _inputs(root: Path) -> Iterator[bytes]:
-    read = ["lrnde/**/*.py", "benchmarks/*.py", "notebooks/params/**/*"]
-    read += ["book/results/**/*", "book/benchmarks/*"]
-    for path in sorted({path for pattern in read for path in root.glob(pattern)}):
+    patterns = ["lrnde/**/*.py", "benchmarks/*.py", "notebooks/params/**/*"]
+    patterns += ["book/results/**/*", "book/benchmarks/*"]
+    for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
         if path.is_file():
             yield path.relative_to(root).as_posix().encode()
             yield path.read_bytes()

@@ -62,13 +62,12 @@ class AbstractExplicitRungeKutta(diffrax.AbstractAdaptiveSolver):
             first = terms.vf(t0, y0, args)
         elif made_jump is not False:
             first = lax.cond(made_jump, lambda: terms.vf(t0, y0, args), lambda: first)
-        stages = [first]
+        stages, products = [first], [terms.prod(first, control)]
         linear = _linear_in_its_arrays(first)
 
         def increment(coefficients):
             if linear:  # one product instead of one for each stage
                 return terms.prod(combine(coefficients, stages), control)
-            products = [terms.prod(stage, control) for stage in stages]
             return combine(coefficients, products)
 
         y1 = y0
@@ -77,13 +76,11 @@ class AbstractExplicitRungeKutta(diffrax.AbstractAdaptiveSolver):
             t = t1 if c == 1 else t0 + np.asarray(c, jnp.result_type(t0)) * (t1 - t0)
             y1 = add(y0, increment(a))
             stages.append(terms.vf(t, y1, args))
+            products.append(terms.prod(stages[-1], control))
         if not tableau.ssal:
             y1 = add(y0, increment(tableau.b_sol))
         y_error = increment(tableau.b_error)
-        k = jtu.tree_map(
-            lambda *leaves: jnp.stack(leaves),
-            *(terms.prod(stage, control) for stage in stages),
-        )
+        k = jtu.tree_map(lambda *leaves: jnp.stack(leaves), *products)
         last = stages[-1] if tableau.fsal else None
         dense_info = dict(y0=y0, y1=y1, k=k)
         return y1, y_error, dense_info, last, diffrax.RESULTS.successful

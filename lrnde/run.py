@@ -215,7 +215,7 @@ def _outlook(left: Sequence[Config], device: str, helping: bool) -> str:
 # Running
 
 
-def _where(origin: dict) -> str:
+def _first_line(origin: dict) -> str:
     """Says in a line where runs are made, and whether their records will count."""
     at = f"on {origin['device']}"
     if (commit := origin["git_commit"]) is None:
@@ -254,7 +254,7 @@ def run(
     # This also takes note of the commit before it may change.
     origin = records.provenance("", jax.device_count() if shard else 1)
     if missing(configs):
-        print(_where(origin), flush=True)
+        print(_first_line(origin), flush=True)
     code = 0
     for config in configs:
         if record_of(config).exists():

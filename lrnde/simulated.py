@@ -129,7 +129,8 @@ def oscillators(series: int = 1000) -> TimeSeries:
     p = -size * jnp.sin(frequency * times + phase)
     truth = jnp.stack([q, p, q + p, q**2 + p**2], axis=-1)
     values = truth + 0.03 * draw(jr.normal, keys[1], truth.shape, dtype=float32)
-    mask = jr.bernoulli(keys[2], float32(0.5), (series, len(times), 1))
+    seen = (series, len(times), 1)
+    mask = draw(jr.bernoulli, keys[2], seen, p=float32(0.5))
     rates = jnp.array(list(_RATES.values()), float32)
     # As `jr.bernoulli`, of which `draw` takes a single rate.
     mask &= draw(jr.uniform, keys[3], truth.shape, dtype=float32) < rates

@@ -120,9 +120,9 @@ def test_the_work_is_shared_and_one_failure_does_not_end_it(
 
 def test_what_runs_says_where_and_whether_its_records_will_count(monkeypatch):
     origin = {"device": "a GPU", "git_commit": 40 * "a", "git_clean": True}
-    assert run._where(origin) == "on a GPU, commit aaaaaaaaaa"
+    assert run._first_line(origin) == "on a GPU, commit aaaaaaaaaa"
     for changes in ({"git_clean": False}, {"git_commit": None, "git_clean": None}):
-        assert "`make check-results` will refuse" in run._where(origin | changes)
+        assert "`make check-results` will refuse" in run._first_line(origin | changes)
 
 
 def test_there_may_be_nothing_to_measure(tiny, capsys):
