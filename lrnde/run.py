@@ -21,6 +21,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from . import experiments, records
+from .data import DataError
 from .experiments import Config
 from .training import history_of, steps_done, TrainingError
 
@@ -241,9 +242,10 @@ def run(
 
     **Returns:**
 
-    An exit code: 1 if a run failed (the others are still run); else `STOPPED` if the
-    time was up or the process was asked to stop (Ctrl-C, or SIGTERM in the training),
-    and 0 if there is nothing left to do here.
+    An exit code: 1 if a run failed (the others are still run, but none with data that
+    could not be had); else `STOPPED` if the time was up or the process was asked to
+    stop (Ctrl-C, or SIGTERM in the training), and 0 if there is nothing left to do
+    here.
 
     **Raises:**
 
@@ -255,9 +257,9 @@ def run(
     origin = records.provenance("", jax.device_count() if shard else 1)
     if missing(configs):
         print(_first_line(origin), flush=True)
-    code = 0
+    code, unavailable = 0, set()  # data sets
     for config in configs:
-        if record_of(config).exists():
+        if record_of(config).exists() or getattr(config, "dataset", "") in unavailable:
             continue
         if time.monotonic() > deadline:
             return code or STOPPED
@@ -274,6 +276,9 @@ def run(
             except (RuntimeError, ValueError) as error:
                 # One that diverges or is out of memory shall not hold up the others.
                 print(f"{title(config)}: failed: {error}", flush=True)
+                if isinstance(error, DataError):
+                    unavailable.add(config.dataset)
+                    print(f"No other run with {config.dataset} is tried.", flush=True)
                 code = 1
                 continue
             except (KeyboardInterrupt, Timeout):  # not between two training steps

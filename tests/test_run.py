@@ -9,6 +9,7 @@ import pytest
 from filelock import FileLock
 
 from lrnde import experiments, records, run
+from lrnde.data import DataError
 from lrnde.training import TrainingError
 
 SETTINGS = """
@@ -116,6 +117,22 @@ def test_the_work_is_shared_and_one_failure_does_not_end_it(
     assert run.main(["--tier", "tiny", "--missing"]) == 0
     out = capsys.readouterr().out
     assert "0 of 2 runs have records" in out and "2 left, time unknown" in out
+
+
+def test_data_that_cannot_be_had_are_asked_for_once(tiny, monkeypatch, capsys):
+    asked = []
+
+    def fake(config, **kwargs):
+        asked.append(config.dataset)
+        raise DataError("train-images could not be downloaded")
+
+    monkeypatch.setattr(experiments, "run", fake)
+    tiny.with_name("cifar10.yaml").write_text(SETTINGS + "dataset: cifar10\n")
+    assert run.main(["mnist-node", "cifar10", "--tier", "tiny"]) == 1
+    assert asked == ["digits", "cifar10"]
+    out = capsys.readouterr().out
+    assert "vanilla-seed3: failed: train-images could not" in out
+    assert "No other run with digits is tried." in out
 
 
 def test_what_runs_says_where_and_whether_its_records_will_count(monkeypatch):
