@@ -4,7 +4,7 @@ import diffrax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._regularizers import AbstractGlobalRegularizer, TakenStep
+from ._regularizers import AbstractGlobalRegularizer, single, TakenStep
 from ._wrapped import AbstractTransparentSolver
 
 
@@ -49,8 +49,8 @@ class AccumulatingSolver(AbstractTransparentSolver):
             terms, self.stepper, self.controller, args, t0, t1, y0, *outcome
         )
         totals = tuple(
-            regularizer.add(total, regularizer.measure(step)).astype(total.dtype)
-            for regularizer, total in zip(self.regularizers, totals, strict=True)
+            x.add(total, single(x, x.measure(step))).astype(total.dtype)
+            for x, total in zip(self.regularizers, totals, strict=True)
         )
         return y1, y_error, dense_info, (inner, totals), result
 

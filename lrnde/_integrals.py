@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend.core import Jaxpr, Literal
 from jaxtyping import Array, PRNGKeyArray, PyTree, Real
 
-from ._regularizers import AbstractRegularizer
+from ._regularizers import AbstractRegularizer, single
 
 
 class AbstractIntegralRegularizer(AbstractRegularizer):
@@ -25,7 +25,12 @@ class AbstractIntegralRegularizer(AbstractRegularizer):
     of the steps. Any adjoint will do that can differentiate the solve (not
     `diffrax.ImplicitAdjoint`). With `diffrax.BacksolveAdjoint` it ends at the last time
     that is saved.
+
+    The equation has to be ordinary and one `diffrax.ODETerm`; a `diffrax.ControlTerm`
+    with a differentiable path becomes one by its method `to_ode`.
     """
+
+    random: ClassVar[bool] = False
 
     def draw(self, key: PRNGKeyArray | None, y0: PyTree[Array]) -> Any:
         """The random numbers of one solve; none, unless a subclass needs some."""
@@ -63,8 +68,6 @@ class Taylor(AbstractIntegralRegularizer):
     - `NotImplementedError`, naming the operation, for a vector field of which Taylor
         mode does not know every operation.
     """
-
-    random: ClassVar[bool] = False
 
     order: int = eqx.field(static=True, default=3)
 
@@ -268,8 +271,8 @@ class AugmentedField(eqx.Module):
             return self.term.vf(t, y, args)
 
         integrands = tuple(
-            regularizer.integrand(field, t, y.state, drawn).astype(integral.dtype)
-            for regularizer, drawn, integral in zip(
+            single(x, x.integrand(field, t, y.state, drawn)).astype(integral.dtype)
+            for x, drawn, integral in zip(
                 self.regularizers, self.drawn, y.integrals, strict=True
             )
         )

@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree, Real
 
 from ._brownian import BrownianPath, Increment, show
 from ._plan import Item
-from ._regularizers import TakenStep
+from ._regularizers import single, TakenStep
 from ._sampling import Reservoir, Step
 
 
@@ -61,7 +61,7 @@ def local_penalty(
     # Not |t1 - t0|: an event may have ended the solve before t1. The step that it ended
     # was taken as a whole, and may have been drawn.
     length = lax.stop_gradient(reservoir.length)
-    return length * regularizer.measure(_take(world, step, noise))
+    return length * single(regularizer, regularizer.measure(_take(world, step, noise)))
 
 
 def _take(world: World, step: Step, noise: Increment | None) -> TakenStep:

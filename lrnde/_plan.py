@@ -103,22 +103,31 @@ def _check_key(key) -> None:
 def _pairs(regularizer: Regularizers) -> list[tuple[Any, AbstractRegularizer]]:
     if regularizer is None:
         return []
-    given = regularizer if isinstance(regularizer, list | tuple) else [regularizer]
+    several = isinstance(regularizer, list | tuple) and not _is_pair(regularizer)
+    given = regularizer if several else [regularizer]
     pairs = [x if isinstance(x, tuple) and len(x) == 2 else (1, x) for x in given]
     for weight, x in pairs:
         if not isinstance(x, _KINDS):
             raise TypeError(
                 f"regularizer={x!r} is not a regularizer; pass an instance, for example"
-                " `regularizer=lrnde.LocalError()`, or a list of instances and of pairs"
-                " `(weight, instance)`. One of your own derives from "
+                " `regularizer=lrnde.LocalError()`, a pair `(weight, instance)`, or a"
+                " list of such. One of your own derives from "
                 "`lrnde.AbstractLocalRegularizer`, `lrnde.AbstractGlobalRegularizer` or"
                 " `lrnde.AbstractIntegralRegularizer`."
             )
-        if not eqx.is_array_like(weight) or jnp.shape(weight) != ():
+        number = eqx.is_array_like(weight) and jnp.shape(weight) == ()
+        if not number or jnp.iscomplexobj(weight):
             raise TypeError(
-                f"the weight {weight!r} of {type(x).__name__} is not a single number."
+                f"the weight {weight!r} of {type(x).__name__} is not a single real "
+                "number."
             )
     return pairs
+
+
+def _is_pair(x) -> bool:
+    """Whether it is a weight and a regularizer, and not two regularizers."""
+    pair = isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], _KINDS)
+    return pair and not isinstance(x[0], (*_KINDS, tuple))
 
 
 def _split(key, count: int):
@@ -187,7 +196,8 @@ def _check_integral(regularizer, terms, adjoint, solver_state, old_event) -> Non
     if not isinstance(terms, diffrax.ODETerm):
         raise TypeError(
             f"{name} needs an ordinary differential equation in one "
-            f"`diffrax.ODETerm`, not a {type(terms).__name__}. `lrnde.LocalError()` "
+            f"`diffrax.ODETerm`, not a {type(terms).__name__}. (A `ControlTerm` with a "
+            "differentiable path becomes one by `.to_ode()`.) `lrnde.LocalError()` "
             "works with all kinds of terms."
         )
     if isinstance(adjoint, diffrax.ImplicitAdjoint):

@@ -21,7 +21,9 @@ class TakenStep(NamedTuple):
     """One step of a solver and all that it produced.
 
     `terms`, `solver` and `args` are as the solver saw them; the step leads from the
-    state `y0` at `t0` to `y1` at `t1`, with the embedded error `y_error`.
+    state `y0` at `t0` to `y1` at `t1`, with the embedded error `y_error`. `dense_info`
+    is what the solver keeps for its interpolation; with a Runge-Kutta method its `"k"`
+    has the derivatives at the stages, times `t1 - t0`.
     """
 
     terms: PyTree[diffrax.AbstractTerm]
@@ -49,6 +51,7 @@ Regularizers: TypeAlias = (
     AbstractRegularizer
     | list[AbstractRegularizer | tuple[Any, AbstractRegularizer]]
     | tuple[AbstractRegularizer | tuple[Any, AbstractRegularizer], ...]
+    | tuple[Any, AbstractRegularizer]
     | None
 )
 
@@ -73,15 +76,23 @@ class AbstractStepRegularizer(AbstractRegularizer):
 class AbstractLocalRegularizer(AbstractStepRegularizer):
     """Measures one step, or a few, after the solve, which stays a closed box.
 
-    Subclasses say which step (`sampling`, `step`), how many (`samples`), and measure
-    them (`measure`). The penalty is the mean measure times the length of the solve.
+    Subclasses measure a step (`measure`) and may say which (`sampling`, `step`) and how
+    many (`samples`), as for `lrnde.LocalError`. The penalty is the mean measure times
+    the length of the solve.
+
+    ```python
+    class SquaredError(lrnde.AbstractLocalRegularizer):
+        def measure(self, step):
+            y_error = step.y_error
+            return lrnde.scaled_error(step.controller, step.y0, step.y1, y_error) ** 2
+    ```
     """
 
     random: ClassVar[bool] = True
 
-    sampling: eqx.AbstractVar[str]
-    step: eqx.AbstractVar[str]
-    samples: eqx.AbstractVar[int]
+    sampling: str = eqx.field(static=True, default="unbiased")
+    step: str = eqx.field(static=True, default="taken")
+    samples: int = eqx.field(static=True, default=1)
 
     def __check_init__(self):
         _check_choice("sampling", self.sampling, SAMPLINGS)
@@ -109,6 +120,16 @@ class AbstractGlobalRegularizer(AbstractStepRegularizer):
         """The penalty, from what all accepted steps came to and their number."""
         del num_steps
         return total
+
+
+def single(regularizer: AbstractRegularizer, measure: Any) -> Any:
+    """What a regularizer measures, if it is a single number."""
+    if jnp.shape(measure) != ():
+        raise TypeError(
+            f"{type(regularizer).__name__} measures an array of shape "
+            f"{jnp.shape(measure)}; it has to be a single number, such as its mean."
+        )
+    return measure
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -169,12 +190,8 @@ class LocalError(AbstractLocalRegularizer):
         + _LOCAL
     )
 
-    sampling: str = eqx.field(static=True, default="unbiased")
-    step: str = eqx.field(static=True, default="taken")
-    samples: int = eqx.field(static=True, default=1)
-
     def check(self, terms, solver):
-        _check_error(self, solver)
+        _check_error(self, terms, solver)
 
     def measure(self, step):
         return _error(step)
@@ -206,7 +223,7 @@ class GlobalError(AbstractGlobalRegularizer):
         _check_choice("form", self.form, ("sum", "mean", "squared"))
 
     def check(self, terms, solver):
-        _check_error(self, solver)
+        _check_error(self, terms, solver)
 
     def measure(self, step):
         power = 2 if self.form == "squared" else 1
@@ -229,10 +246,6 @@ class LocalStiffness(AbstractLocalRegularizer):
     method, and the equation must have no noise."""
         + _LOCAL
     )
-
-    sampling: str = eqx.field(static=True, default="unbiased")
-    step: str = eqx.field(static=True, default="taken")
-    samples: int = eqx.field(static=True, default=1)
 
     def check(self, terms, solver):
         _check_explicit(self, terms, solver)
@@ -276,12 +289,18 @@ class GlobalStiffness(AbstractGlobalRegularizer):
         return jnp.maximum(total, measure) if self.form == "max" else total + measure
 
 
-def _check_error(regularizer, solver) -> None:
+def _check_error(regularizer, terms, solver) -> None:
+    remedy = "`diffrax.Tsit5()`, or wrap yours in `diffrax.HalfSolver`"
+    if is_sde(terms):
+        remedy = (
+            "`lrnde.SOSRI()` for an equation in the sense of Ito, or `diffrax.SPaRK()` "
+            "for one in the sense of Stratonovich"
+        )
     if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
         raise TypeError(
             f"{type(regularizer).__name__} needs a solver with an embedded error "
             f"estimate, which {type(solver).__name__} does not have. Use for "
-            "example `diffrax.Tsit5()`, or wrap yours in `diffrax.HalfSolver`."
+            f"example {remedy}."
         )
 
 
@@ -289,10 +308,13 @@ def _error(step: TakenStep) -> Real[Array, ""]:
     return scaled_error(step.controller, step.y0, step.y1, step.y_error)
 
 
-def _check_explicit(regularizer, terms, solver) -> None:
+def _is_explicit(solver) -> bool:
     tableau = getattr(solver, "tableau", None)
-    explicit = isinstance(tableau, diffrax.ButcherTableau) and not tableau.implicit
-    if not explicit:
+    return isinstance(tableau, diffrax.ButcherTableau) and not tableau.implicit
+
+
+def _check_explicit(regularizer, terms, solver) -> None:
+    if not _is_explicit(solver):
         raise TypeError(
             f"{type(regularizer).__name__} needs an explicit Runge-Kutta solver, such "
             f"as `diffrax.Tsit5()`; {type(solver).__name__} is not one. `LocalError` "
@@ -311,11 +333,11 @@ def _stiffness(step: TakenStep) -> Real[Array, ""]:
     k, g = _last_stages(step, tableau)
     dk, dg = (jtu.tree_map(lambda a, b: a - b, *pair) for pair in (k, g))
     norm = step.controller.norm
-    # A stationary state has equal stages: no division by zero, and no NaN behind it in
-    # the gradient.
+    # A stationary state has equal stages, and in a batch those that have arrived take
+    # steps of no length: no division by zero, and no NaN behind it in the gradient.
     distance = norm(dg)
     moving = distance > 0
-    h = step.t1 - step.t0
+    h = jnp.where(step.t1 > step.t0, step.t1 - step.t0, 1)
     slope = norm(dk) / (h * jnp.where(moving, distance, 1))
     return jnp.where(moving, slope, 0) / stability_interval(type(step.solver))
 
@@ -347,7 +369,7 @@ def _last_stages(step: TakenStep, tableau: diffrax.ButcherTableau):
 
 
 @ft.cache
-def stability_interval(solver: type[diffrax.AbstractAdaptiveSolver]) -> float:
+def stability_interval(solver: type[diffrax.AbstractSolver]) -> float:
     """Length of the interval of absolute stability on the negative real axis.
 
     The first $x > 0$ with $|R(-x)| = 1$, where $R$ is the stability polynomial of the
@@ -360,7 +382,13 @@ def stability_interval(solver: type[diffrax.AbstractAdaptiveSolver]) -> float:
     **Returns:**
 
     A positive float.
+
+    **Raises:**
+
+    - `TypeError` for any other solver.
     """
+    if not _is_explicit(solver):
+        raise TypeError(f"{solver.__name__} is not an explicit Runge-Kutta solver.")
     tableau = solver.tableau
     stages = tableau.num_stages
     a = np.zeros((stages, stages))

@@ -55,11 +55,18 @@ def diffeqsolve(
 
     **Arguments:**
 
-    - `regularizer`: What to measure, for example `lrnde.LocalError()`; or a list of
-        such, each alone or in a pair `(weight, regularizer)`. With `None` the penalty
-        is zero and nothing is computed for it. (Keyword-only argument.)
+    - `regularizer`: What to measure, for example `lrnde.LocalError()`; a pair
+        `(weight, regularizer)`; or a list of such. With `None` the penalty
+        is zero and nothing is computed for it. A weight that changes should be an
+        array: a new Python number compiles the solve anew. (Keyword-only argument.)
     - `key`: A `jax.random.key`, needed with a regularizer that draws random numbers,
-        such as the step that is measured. (Keyword-only argument.)
+        such as the step that is measured: a new one for every solve. (Keyword-only
+        argument.)
+
+    Under `jax.vmap` every solve has its own steps, key and penalty; take the mean of
+    the penalties. On a GPU ask JAX for full precision of matrix products, by
+    `jax.config.update("jax_default_matmul_precision", "highest")`: the rounding of TF32
+    drowns the error estimate, and the penalty then does next to nothing.
 
     **Returns:**
 

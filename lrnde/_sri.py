@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
+from diffrax._term import WrapTerm
 from equinox import AbstractClassVar
 from jaxtyping import Array, PyTree
 
+from ._brownian import BrownianPath
 from ._explicit import add, combine
 
 
@@ -69,9 +71,6 @@ class AbstractSRI(diffrax.AbstractAdaptiveSolver, diffrax.AbstractItoSolver):
     `diffrax.MultiTerm(diffrax.ODETerm(f), diffrax.ControlTerm(g, path))`, where `path`
     knows its space-time Levy area and `g` returns a `lineax.DiagonalLinearOperator`, or
     an array in the case of a single Brownian motion.
-
-    For `t1 < t0` use a `lrnde.BrownianPath`: diffrax turns the sign of a tree's Levy
-    area along with that of its increment, which is another path.
 
     Subclasses give a `tableau`. The stages are written out, as in
     `lrnde.AbstractExplicitRungeKutta`.
@@ -208,12 +207,25 @@ def _iterated_integrals(solver, diffusion, t0, t1, h) -> _IteratedIntegrals:
         length = h.astype(w.real.dtype)
         return w * (w * w - 3 * length) / (6 * length)
 
+    def chi2(w, area):
+        return w / 2 + _sign(diffusion).astype(area.real.dtype) * area
+
     return _IteratedIntegrals(
         path.W,
         jtu.tree_map(chi1, path.W),
-        jtu.tree_map(lambda w, area: w / 2 + area, path.W, path.H),
+        jtu.tree_map(chi2, path.W, path.H),
         jtu.tree_map(chi3, path.W),
     )
+
+
+def _sign(diffusion):
+    # A solve backwards in time turns the increment of a path around, and diffrax with
+    # it the area; but what the path has beyond its chord stays. A `BrownianPath` is
+    # drawn along the solve, whichever way that goes, and turned around as a whole.
+    backwards = isinstance(diffusion, WrapTerm) and not isinstance(
+        getattr(diffusion.term, "control", None), BrownianPath
+    )
+    return jnp.asarray(diffusion.direction if backwards else 1)
 
 
 def _diagonal(solver, vf, w: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:

@@ -416,12 +416,11 @@ def guard(fields: dict, root: str | os.PathLike) -> None:
         same, reason = False, f"cannot be read as a record ({error})"
     if not same:
         raise FileExistsError(
-            f"{path} {reason}. Move or delete it, choose another root, or pass"
-            " `replace=True` to give it up."
+            f"{path} {reason}. Move or delete it, or choose another root."
         )
 
 
-def save(record: dict, root: str | os.PathLike, replace: bool = False) -> pathlib.Path:
+def save(record: dict, root: str | os.PathLike) -> pathlib.Path:
     """Writes a record into its place, whole or not at all.
 
     A record without a `checksum` is sealed first; one that carries a checksum must
@@ -431,7 +430,6 @@ def save(record: dict, root: str | os.PathLike, replace: bool = False) -> pathli
 
     - `record`: The record, sealed or not.
     - `root`: The folder of all records.
-    - `replace`: Whether a record of another config may be overwritten.
 
     **Returns:**
 
@@ -440,13 +438,12 @@ def save(record: dict, root: str | os.PathLike, replace: bool = False) -> pathli
     **Raises:**
 
     `ValueError` if the record is not valid, `FileExistsError` if it would overwrite a
-    record of another config and `replace` is false.
+    record of another config.
     """
     if "checksum" not in record:
         record = seal(record)
     validate(record)
-    if not replace:
-        guard(record, root)
+    guard(record, root)
     path = path_of(record, root)
     write_atomically(path, f"{_dump(record)}\n".encode())
     return path

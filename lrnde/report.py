@@ -5,15 +5,14 @@ pandas and the figures matplotlib: `pip install 'lrnde[book]'`.
 """
 
 import contextlib
-import importlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from types import ModuleType
 from typing import NamedTuple, TYPE_CHECKING
 
 import numpy as np
 
+from ._extras import import_extra
 from ._published import SOURCES, TABLES
 from .records import all_origins, path_of
 
@@ -82,14 +81,6 @@ _STYLE = {
 }
 
 
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        problem = f"lrnde.report needs {name}: pip install 'lrnde[book]'"
-        raise ModuleNotFoundError(problem, name=error.name) from error
-
-
 # Numbers
 
 
@@ -140,15 +131,12 @@ def _timed_on(record: dict) -> frozenset[str]:
     return frozenset(origin["device"] for origin in origins)
 
 
-def summary(
-    records: Sequence[dict], baseline: str = "vanilla"
-) -> dict[str, dict[str, int | float]]:
+def summary(records: Sequence[dict]) -> dict[str, dict[str, int | float]]:
     """The numbers behind `lrnde.report.table`, unrounded.
 
     **Arguments:**
 
     - `records`: Records of one experiment in one tier.
-    - `baseline`: The method that ratios are taken to.
 
     **Returns:**
 
@@ -156,9 +144,9 @@ def summary(
     over seeds of each metric and time under its name (fractions, seconds), and its
     sample deviation under `<name>_std` (NaN for one seed); `nfe_ratio`,
     `predict_ratio` and `train_step_ratio`, the quotients of the mean test NFE, mean
-    prediction time and mean time of a training step to the baseline's. These are NaN
-    without records of the baseline, and the last two also where device or batch size
-    differ from the baseline's.
+    prediction time and mean time of a training step to vanilla's. These are NaN
+    without records of vanilla, and the last two also unless the times of both were
+    taken on one device, with one batch size.
 
     **Raises:**
 
@@ -166,10 +154,11 @@ def summary(
     """
     groups = _by_method(records)
     rows = {method: _row(group) for method, group in groups.items()}
-    base = rows.get(baseline, {})
+    base = rows.get("vanilla", {})
     for method, row in rows.items():
         row["nfe_ratio"] = row["test_nfe"] / base.get("test_nfe", math.nan)
-        comparable = _setup(groups[method]) == _setup(groups.get(baseline, []))
+        setups = _setup(groups[method] + groups.get("vanilla", []))
+        comparable = "vanilla" in rows and len(setups) == 1
         seconds = base["predict_seconds"] if comparable else math.nan
         row["predict_ratio"] = row["predict_seconds"] / seconds
         step = base["train_step_seconds"] if comparable else math.nan
@@ -224,9 +213,12 @@ def _errors(row: dict[str, int | float], published: dict[str, str]):
 _QUALITY = {"test acc %": _accuracies, "test loss x1e-3": _errors, "loss": _losses}
 
 
-def _quality(experiment: str):
-    columns = TABLES.get(experiment, [{}])[0]
-    return next((_QUALITY[name] for name in _QUALITY if name in columns), _accuracies)
+def _quality(experiment: str, records: Sequence[dict]):
+    if experiment in TABLES:
+        columns = TABLES[experiment][0]
+        return next(_QUALITY[name] for name in _QUALITY if name in columns)
+    own = {"test_mse": _errors, "test_loss": _losses}
+    return own.get(_merit(records), _accuracies) if records else _accuracies
 
 
 def _line(
@@ -251,7 +243,6 @@ def table(
     records: Sequence[dict],
     experiment: str,
     tier: str,
-    baseline: str = "vanilla",
     methods: Sequence[str] = METHODS,
 ) -> "pandas.DataFrame":
     """The results of an experiment with the published values beside them.
@@ -261,7 +252,6 @@ def table(
     - `records`: Records; those of other experiments and tiers are left out.
     - `experiment`: For instance `"mnist-node"`.
     - `tier`: `"smoke"`, `"cpu"` or `"paper"`.
-    - `baseline`: The method that ratios are taken to.
     - `methods`: The methods expected. One without records shows as `missing`.
 
     **Returns:**
@@ -270,10 +260,10 @@ def table(
     seeds (the mean alone for one seed), "–" where there is no such number. Ratios
     are quotients of means. `attrs["sources"]` has the full published sources.
     """
-    pd = _import("pandas")
+    pd = import_extra("pandas")
     chosen = [r for r in records if (r["experiment"], r["tier"]) == (experiment, tier)]
-    rows = summary(chosen, baseline)
-    quality = _quality(experiment)
+    rows = summary(chosen)
+    quality = _quality(experiment, chosen)
     lines = {
         method: _line(rows.get(method, {}), _published(experiment, method), quality)
         for method in _ordered([*methods, *rows])
@@ -302,7 +292,7 @@ def published_table(experiment: str) -> "pandas.DataFrame":
     if experiment not in TABLES:
         problem = f"no published results for {experiment!r}; known: {', '.join(TABLES)}"
         raise ValueError(problem)
-    pd = _import("pandas")
+    pd = import_extra("pandas")
     frame = pd.DataFrame(TABLES[experiment]).set_index("method")
     frame = frame.replace("", EMPTY).replace("±", " ± ", regex=True)
     frame.attrs["sources"] = {source: SOURCES[source] for source in frame["source"]}
@@ -329,7 +319,7 @@ def settings_table(columns: Mapping[str, Mapping]) -> "pandas.DataFrame":
 
     A data frame of text, a row a setting; "–" where a column lacks it.
     """
-    pd = _import("pandas")
+    pd = import_extra("pandas")
     names = list(next(iter(columns.values())))
     cells = {
         column: [_readable(settings.get(name, EMPTY)) for name in names]
@@ -648,7 +638,7 @@ def claims(
     if experiment not in TABLES:
         problem = f"no published results for {experiment!r}; known: {', '.join(TABLES)}"
         raise ValueError(problem)
-    pd = _import("pandas")
+    pd = import_extra("pandas")
     chosen = [r for r in records if (r["experiment"], r["tier"]) == (experiment, tier)]
     lines = [
         _judged(chosen, experiment, method, quantity, *how)
@@ -678,13 +668,13 @@ def _judged(records, experiment, method, quantity, claim, judge, form) -> tuple:
 
 def style() -> None:
     """Sets matplotlib's defaults to the book's; the figures here use them anyway."""
-    _import("matplotlib").rcParams.update(_STYLE)
+    import_extra("matplotlib").rcParams.update(_STYLE)
 
 
 @contextlib.contextmanager
 def _new_figure(panels: int, size: tuple[float, float]) -> Iterator[tuple]:
     """A figure in the book's style, and its panels side by side."""
-    plt = _import("matplotlib.pyplot")
+    plt = import_extra("matplotlib.pyplot")
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False)
         try:

@@ -17,13 +17,14 @@ from pathlib import Path
 from statistics import mean
 
 import jax
-import yaml
-from filelock import FileLock, Timeout
 
 from . import experiments, records
+from ._extras import import_extra
 from .data import DataError
 from .experiments import Config
 from .training import history_of, steps_done, TrainingError
+
+filelock, yaml = import_extra("filelock"), import_extra("yaml", "pyyaml")
 
 ROOT = Path(__file__).parents[1]
 PARAMS = ROOT / "notebooks" / "params"
@@ -135,10 +136,10 @@ def lock_of(config: Config) -> Path:
 def _claim(path: Path, wait: float) -> Iterator[bool]:
     """Gives whether this process got the lock. One that is killed loses its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
+    lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=wait)
-    except Timeout:
+    except filelock.Timeout:
         yield False
         return
     try:
@@ -281,8 +282,8 @@ def run(
                     print(f"No other run with {config.dataset} is tried.", flush=True)
                 code = 1
                 continue
-            except (KeyboardInterrupt, Timeout):  # not between two training steps
-                line = None
+            except (KeyboardInterrupt, filelock.Timeout):
+                line = None  # not between two training steps
         if line is None:
             print(f"{title(config)}: stopped at step {_done(config)}; call again")
             return code or STOPPED
@@ -344,10 +345,10 @@ def measure(configs: Sequence[Config]) -> None:
             _measure_side_by_side(group, origin)
 
 
-def _measurement() -> FileLock:
+def _measurement() -> "filelock.FileLock":
     """Held while times are measured; no run starts meanwhile."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    return FileLock(RUNS / "measurement.lock")
+    return filelock.FileLock(RUNS / "measurement.lock")
 
 
 def _wait_for_measurement(config: Config, deadline: float) -> None:
@@ -355,7 +356,7 @@ def _wait_for_measurement(config: Config, deadline: float) -> None:
     lock = _measurement()
     try:
         lock.acquire(timeout=0)
-    except Timeout:
+    except filelock.Timeout:
         print(f"{title(config)}: waits for the end of a measurement", flush=True)
         left = deadline - time.monotonic()
         lock.acquire(timeout=-1 if math.isinf(left) else max(left, 0))
@@ -459,7 +460,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--measure runs to its end: leave out --max-minutes")
     deadline = time.monotonic() + 60 * options.max_minutes
     if not chapters(options.tier):
-        parser.error(f"no tier {options.tier!r}; see notebooks/params")
+        parser.error(
+            f"no tier {options.tier!r} in {PARAMS}, which is part of a checkout"
+        )
     try:
         configs = plan(options.names or chapters(options.tier), options.tier)
     except (FileNotFoundError, ValueError) as error:

@@ -18,6 +18,8 @@ from .data import normalised_split, TimeSeries
 
 # Steps between two times at which the truth is looked at.
 _STEPS = 32
+# Whatever generator JAX is told to use, the data are the same.
+_GENERATOR = "threefry2x32"
 
 
 class Moments(NamedTuple):
@@ -86,7 +88,7 @@ def spiral(times: int, trajectories: int) -> Moments:
 
     **Arguments:** as for `spiral_paths`.
     """
-    paths = spiral_paths(jr.key(0), times, trajectories)
+    paths = spiral_paths(jr.key(0, impl=_GENERATOR), times, trajectories)
     return Moments(
         y0=paths[0, 0],
         times=jnp.linspace(0, 1, times),
@@ -118,7 +120,7 @@ def oscillators(series: int = 1000) -> TimeSeries:
     A `lrnde.data.TimeSeries` with its truth.
     """
     # In single precision throughout, so that the draws are the same in double.
-    keys, float32 = jr.split(jr.key(0), 4), jnp.float32
+    keys, float32 = jr.split(jr.key(0, impl=_GENERATOR), 4), jnp.float32
     times = jnp.linspace(0, 1, 49, dtype=float32)
     low = jnp.array([0.5, 0.2, 2.0, 0.0], float32)
     high = jnp.array([1.0, 1.0, 5.0, 2 * jnp.pi], float32)

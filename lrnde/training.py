@@ -5,6 +5,7 @@ import io
 import json
 import math
 import numbers
+import os
 import signal
 import threading
 import time
@@ -39,13 +40,17 @@ class Evaluation(NamedTuple):
     - `loss`: The data's part of the loss.
     - `penalty`: The regularizer's penalty, not yet weighted.
     - `merits`: Figures of merit to show and record, for example an accuracy.
-    - `nfe`, `num_steps`, `successful`: Of the solve; see `lrnde.models.Prediction`.
+    - `nfe`, `num_steps`, `successful`: Of the solve; see `lrnde.models.Prediction`. Of
+        several solves, as under `jax.vmap`, the mean or maximum of the first, the
+        maximum of the second, and whether all of the third.
+
+    Each is a single number.
     """
 
     loss: Real[Array, ""]
     penalty: Real[Array, ""]
     merits: dict[str, Real[Array, ""]]
-    nfe: Int[Array, ""]
+    nfe: Int[Array, ""] | None
     num_steps: Int[Array, ""]
     successful: Bool[Array, ""]
 
@@ -68,7 +73,7 @@ def schedule(spec: dict[str, Any], steps: int) -> optax.Schedule:
     **Raises:**
 
     - `ValueError` for an unknown kind, a missing or surplus number, what is not a
-        finite number, or a start or an end that such a schedule cannot have.
+        finite number, or a start, an end or a rate that such a schedule cannot have.
     """
     makers = {
         "constant": (optax.constant_schedule, {"value"}),
@@ -107,6 +112,8 @@ def schedule(spec: dict[str, Any], steps: int) -> optax.Schedule:
         raise ValueError(
             f"schedule {spec}: the end of an exponential must be positive."
         )
+    if kind == "inverse" and given["rate"] < 0:
+        raise ValueError(f"schedule {spec}: rate must not be negative.")
     return make(**given)
 
 
@@ -128,6 +135,11 @@ class StepBudget:
     - `patience`: Training steps after which an idle budget is halved: enough of them
         to pay for the compilation.
     - `idle`: Training steps in a row that used at most half of the budget.
+
+    **Raises:**
+
+    - `ValueError` unless `smallest` and `steps` are positive, and `steps` is at most
+        `limit`.
     """
 
     steps: int = 32
@@ -135,6 +147,13 @@ class StepBudget:
     smallest: int = 8
     patience: int = 1000
     idle: int = 0
+
+    def __post_init__(self):
+        if self.smallest < 1 or not 1 <= self.steps <= self.limit:
+            raise ValueError(
+                f"{self} must have a smallest of at least 1, and steps between 1 and "
+                "its limit."
+            )
 
     def grow(self) -> bool:
         """Doubles the budget; `False` if it is at its limit."""
@@ -154,6 +173,8 @@ class StepBudget:
 @dataclass
 class History:
     """Learning curves: means over intervals of `every` training steps.
+
+    Where the NFE cannot be counted, as with implicit solvers, it has no curve.
 
     **Arguments:**
 
@@ -178,6 +199,9 @@ class History:
             nfe=evaluation.nfe,
             **evaluation.merits,
         )
+        if evaluation.nfe is None:
+            del named["nfe"]
+            self.curves.pop("nfe", None)
         self.pending.append({name: float(value) for name, value in named.items()})
         if step % self.every:
             return
@@ -234,13 +258,31 @@ def save_checkpoint(path: Path, state: State, identity: str) -> None:
     )
     buffer = io.BytesIO()
     buffer.write(json.dumps(header).encode() + b"\n")
-    eqx.tree_serialise_leaves(buffer, (state.model, state.opt_state))
+    eqx.tree_serialise_leaves(buffer, _without_keys((state.model, state.opt_state)))
     content = buffer.getvalue()
     write_atomically(path, _MAGIC + _digest(content) + b"\n" + content)
 
 
 def _digest(content: bytes) -> bytes:
     return hashlib.sha256(content).hexdigest().encode()
+
+
+def _is_key(leaf: Any) -> bool:
+    return eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _without_keys(tree: PyTree) -> PyTree:
+    """The tree with plain arrays in the place of its `jax.random.key`s."""
+    return jax.tree.map(lambda x: jr.key_data(x) if _is_key(x) else x, tree)
+
+
+def _with_keys(like: PyTree, plain: PyTree) -> PyTree:
+    """Undoes `_without_keys`, for a tree like that one."""
+
+    def restored(x, data):
+        return jr.wrap_key_data(data, impl=jr.key_impl(x)) if _is_key(x) else data
+
+    return jax.tree.map(restored, like, plain)
 
 
 def _arrays(state: State) -> list[str]:
@@ -273,22 +315,20 @@ def load_checkpoint(path: Path, like: State, identity: str) -> State:
             "with another JAX_ENABLE_X64, or by other code? Go on with those, or move "
             "it away to start this run from its beginning."
         )
+    trees = like.model, like.opt_state
     try:
-        model, opt_state = eqx.tree_deserialise_leaves(
-            io.BytesIO(content), (like.model, like.opt_state)
-        )
+        plain = eqx.tree_deserialise_leaves(io.BytesIO(content), _without_keys(trees))
     except (ValueError, EOFError, RuntimeError) as error:
         raise TrainingError(
             f"{path} does not fit this model ({error}). {_remedy(path)}"
         ) from error
+    saved = header["budget"]
+    # The limits are settings, which may have changed since.
+    steps = min(saved["steps"], like.budget.limit)
     return State(
-        model,
-        opt_state,
+        *_with_keys(trees, plain),
         header["step"],
-        # The limits are settings, which may have been raised since.
-        replace(
-            like.budget, steps=header["budget"]["steps"], idle=header["budget"]["idle"]
-        ),
+        replace(like.budget, steps=steps, idle=saved["idle"]),
         History(**header["history"]),
         header["seconds"],
         header["compile_seconds"],
@@ -404,6 +444,7 @@ def make_step(
         evaluation = objective(
             model, batch, regularizer=regularizer, key=key, max_steps=max_steps
         )
+        _check_single(evaluation)
         loss = evaluation.loss
         if regularizer is not None:
             penalty = evaluation.penalty
@@ -431,6 +472,15 @@ def make_step(
         return eqx.combine(chosen, static), _Outcome(evaluation, finite)
 
     return train_step
+
+
+def _check_single(evaluation: Evaluation) -> None:
+    for name, value in {**evaluation._asdict(), **evaluation.merits}.items():
+        if name != "merits" and value is not None and jnp.shape(value) != ():
+            raise ValueError(
+                f"{name} of the evaluation has shape {jnp.shape(value)}; it must be "
+                "a single number, of several solves the mean or the maximum."
+            )
 
 
 class _Interrupt:
@@ -470,11 +520,11 @@ def fit(
     optimizer: optax.GradientTransformation,
     key: PRNGKeyArray,
     regularizer: Regularizers = None,
-    weight: optax.Schedule = optax.constant_schedule(1.0),  # noqa: B008
+    weight: float | optax.Schedule = 1.0,
     train_step: Callable | None = None,
     budget: StepBudget | None = None,
     sharding: PyTree[NamedSharding] | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | os.PathLike | None = None,
     identity: str = "",
     origin: dict[str, Any] | None = None,
     checkpoint_every: int = 100,
@@ -490,13 +540,14 @@ def fit(
 
     - `model`: An `equinox.Module`; its inexact arrays are trained.
     - `objective`: Called as `objective(model, batch, regularizer=..., key=...,
-        max_steps=...)`; returns an `Evaluation`.
+        max_steps=...)`; returns an `Evaluation`. It hands the three on to its solve,
+        with `throw=False`, so that a solve that runs out of steps can be tried again.
     - `batches`: From the step to its batch. All batches have the same shapes.
     - `steps`: How many training steps.
     - `optimizer`: An optax optimiser.
     - `key`: A `jax.random.key`; step `k` uses `jax.random.fold_in(key, k)`.
     - `regularizer`: As for `lrnde.diffeqsolve`.
-    - `weight`: The weight of the penalty, a function of the step.
+    - `weight`: The weight of the penalty, a number or a function of the step.
     - `train_step`: The `make_step` of this objective, optimizer and regularizer, if
         there is one already: trainings that are given the same one share what it has
         compiled.
@@ -524,13 +575,38 @@ def fit(
 
     - `TrainingError`: if the loss or its gradient is not finite, or a solve needs more
         steps than the budget's limit. The last good state is in the checkpoint.
+    - `ValueError` if there are a deadline and several processes, or if a part of an
+        `Evaluation` is not a single number.
+
+    ```python
+    def objective(model, batch, **kwargs):  # regularizer, key and max_steps
+        y0, target = batch
+        sol, penalty = lrnde.diffeqsolve(
+            diffrax.ODETerm(model), diffrax.Tsit5(), 0.0, 1.0, None, y0,
+            stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-6),
+            throw=False, **kwargs,
+        )
+        return Evaluation(
+            loss=jnp.mean((sol.ys[-1] - target) ** 2),
+            penalty=penalty,
+            merits={},
+            nfe=sol.stats["nfe"],
+            num_steps=sol.stats["num_steps"],
+            successful=diffrax.is_successful(sol.result),
+        )
+    ```
     """
     if jax.process_count() > 1 and deadline < math.inf:
         raise ValueError(
             "a deadline would stop some processes before others, which wait for them."
         )
+    if not callable(weight):
+        weight = optax.constant_schedule(weight)
+    checkpoint = None if checkpoint is None else Path(checkpoint)
     params = eqx.filter(model, eqx.is_inexact_array)
-    state = State(model, optimizer.init(params), budget=budget or StepBudget())
+    # A budget of its own: that of the caller may be used again.
+    budget = replace(budget) if budget else StepBudget()
+    state = State(model, optimizer.init(params), budget=budget)
     if checkpoint is not None and checkpoint.exists():
         state = load_checkpoint(checkpoint, state, identity)
     resumed_at = state.step
@@ -585,7 +661,8 @@ def fit(
                 fail(
                     f"the solve needs more than {state.budget.limit} steps. Loosen the "
                     "tolerance, lower the learning rate, or raise "
-                    "`StepBudget(limit=...)`."
+                    "`StepBudget(limit=...)`. (With a NaN in the batch or in the model "
+                    "no number of steps will do.)"
                 )
             if not finite:
                 fail(
@@ -612,8 +689,9 @@ def fit(
 
 def _on_one_device(tree: PyTree) -> PyTree:
     """Takes one of the copies that all devices have."""
-    arrays, rest = eqx.partition(tree, eqx.is_array)
-    return eqx.combine(jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), arrays), rest)
+    arrays, rest = eqx.partition(_without_keys(tree), eqx.is_array)
+    copies = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), arrays)
+    return _with_keys(tree, eqx.combine(copies, rest))
 
 
 def _postfix(evaluation: Evaluation) -> dict[str, str]:

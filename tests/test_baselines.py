@@ -556,15 +556,17 @@ def test_local_regularizers_draw_steps_of_their_own(float64, getkey):
     assert 0.5 < first.mean() / second.mean() < 2
 
 
-@named("regularizer", [3, [lrnde.LocalError], (1.0, lrnde.LocalError())])
+@named("regularizer", [3, [lrnde.LocalError], (lrnde.LocalError(), 1.0)])
 def test_what_is_not_a_regularizer_is_named(regularizer, getkey):
     with pytest.raises(TypeError, match="regularizer"):
         penalty_of(None, regularizer, key=getkey())
 
 
-@named("weight", [None, "1", jnp.ones(2)], ids=["none", "text", "vector"])
+@named(
+    "weight", [None, "1", 1j, jnp.ones(2)], ids=["none", "text", "complex", "vector"]
+)
 def test_a_weight_is_a_number(weight, getkey):
-    with pytest.raises(TypeError, match="is not a single number"):
+    with pytest.raises(TypeError, match="is not a single real number"):
         penalty_of(None, [(weight, lrnde.LocalError())], key=getkey())
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import lrnde
-from lrnde import experiments, objectives
+from lrnde import experiments, objectives, simulated
 from lrnde.experiments import evaluate_series, PhysioNet, steps_along, Task, tasks
 from lrnde.models import GRUEncoder, LatentODE
 from lrnde.models._latent import time_gaps
@@ -422,6 +422,25 @@ def test_settings_without_sense_are_refused(setting):
 def test_another_kind_of_data_is_refused(config):
     with pytest.raises(ValueError, match=f"'{config.dataset}' is a .*; .* needs a"):
         config.load_data()
+
+
+def test_the_data_do_not_depend_on_the_generator():
+    times, mask = np.linspace(0, 1, 9), np.ones((20, 9, 4), bool)
+
+    def made():
+        series = simulated.oscillators(20)
+        hidden = tasks(times, mask)["interpolation"].seen
+        return series.x_train, hidden, simulated.spiral(4, 10).means
+
+    with jax.default_prng_impl("rbg"):
+        others = made()
+    jax.tree.map(np.testing.assert_array_equal, others, made())
+
+
+def test_a_spiral_has_two_of_everything_that_has_a_variance():
+    for name in ("times", "trajectories", "truth"):
+        with pytest.raises(ValueError, match=f"{name}=1 must be at least 2"):
+            experiments.Spiral(**{name: 1})
 
 
 def test_the_oscillators_are_observed_truth():

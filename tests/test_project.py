@@ -9,6 +9,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import lrnde
 from lrnde import records, report
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +48,7 @@ def test_conda_environment_mirrors_pyproject():
 
 def test_citation_has_the_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["version"] == PROJECT["version"]
+    assert citation["version"] == PROJECT["version"] == lrnde.__version__
     assert citation["license"] == PROJECT["license"]
 
 

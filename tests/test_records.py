@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 
 from lrnde import records
+from lrnde._files import write_atomically
 
 VERSIONS = ("python", "jax", "jaxlib", "diffrax", "equinox", "optax", "numpy", "lrnde")
 
@@ -281,7 +282,7 @@ def test_saving_does_not_launder_an_edit(tmp_path):
     record = records.seal(make_record())
     record["metrics"]["test_accuracy"] = 0.99
     with pytest.raises(ValueError, match="`checksum`"):
-        records.save(record, tmp_path, replace=True)
+        records.save(record, tmp_path)
     assert not contents(tmp_path)
 
 
@@ -299,11 +300,23 @@ def test_a_record_of_another_config_is_kept(tmp_path):
     before = contents(tmp_path)
     other = make_record(config={"rtol": 1e-3})
     for attempt in (records.save, records.guard):
-        with pytest.raises(FileExistsError, match=f"{path.name} .*replace=True"):
+        with pytest.raises(FileExistsError, match=f"{path.name} .*another config"):
             attempt(other, tmp_path)
     assert contents(tmp_path) == before
-    records.save(other, tmp_path, replace=True)
-    assert records.load(path)["config"]["rtol"] == 1e-3
+
+
+def test_a_link_stays_a_link_and_the_umask_counts(tmp_path):
+    target, link = tmp_path / "scratch" / "record", tmp_path / "record"
+    target.parent.mkdir()
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    before = os.umask(0o077)
+    try:
+        write_atomically(link, b"new")
+    finally:
+        os.umask(before)
+    assert link.is_symlink() and target.read_bytes() == b"new"
+    assert target.stat().st_mode & 0o777 == 0o600
 
 
 @given(cut=st.integers(0, 400))

@@ -334,6 +334,82 @@ def test_stiffness_of_a_field_at_rest_is_zero(getkey):
     assert value == 0 and gradient == 0
 
 
+@named("regularizer", [lrnde.LocalStiffness(), lrnde.GlobalStiffness()])
+def test_stiffness_in_a_batch_has_the_gradient_of_each(regularizer):
+    """With a norm that is not smooth; the first of the two arrives much sooner."""
+    controller = diffrax.PIDController(
+        rtol=1e-3, atol=1e-3, norm=lambda y: jnp.max(jnp.abs(y))
+    )
+
+    def penalty(rate):
+        return lrnde.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, rate: jnp.sin(rate * t) * y),
+            lrnde.Tsit5(),
+            0.0,
+            2.0,
+            None,
+            jnp.ones(2),
+            rate,
+            regularizer=regularizer,
+            key=jr.key(0),
+            stepsize_controller=controller,
+        )[1]
+
+    rates = jnp.array([0.5, 20.0])
+    gradient = jax.grad(penalty)
+    alone = [gradient(rate) for rate in rates]
+    np.testing.assert_allclose(jax.vmap(gradient)(rates), alone, rtol=1e-4)
+
+
+@named("solver", [diffrax.Kvaerno3, diffrax.Euler])
+def test_other_methods_have_no_stability_interval(solver):
+    with pytest.raises(TypeError, match="not an explicit Runge-Kutta"):
+        lrnde.stability_interval(solver)
+
+
+class SquaredError(lrnde.AbstractLocalRegularizer):
+    def measure(self, step):
+        y_error = step.y_error
+        return lrnde.scaled_error(step.controller, step.y0, step.y1, y_error) ** 2
+
+
+def test_a_regularizer_of_ones_own_needs_nothing_but_its_measure(getkey):
+    key, a = getkey(), matrix()
+    errors = penalty_of(a, Y0, key, lrnde.LocalError()) / 2.0
+    squares = penalty_of(a, Y0, key, SquaredError()) / 2.0
+    np.testing.assert_allclose(squares, errors**2, rtol=1e-5)
+
+
+class Errors(lrnde.AbstractLocalRegularizer):
+    def measure(self, step):
+        return step.y_error
+
+
+class AllErrors(lrnde.AbstractGlobalRegularizer):
+    def measure(self, step):
+        return step.y_error
+
+
+class Path(lrnde.AbstractIntegralRegularizer):
+    def integrand(self, field, t, y, drawn):
+        return y
+
+
+@named("regularizer", [Errors(), AllErrors(), Path()], ids=type_name)
+def test_a_measure_that_is_no_number_is_named(regularizer, getkey):
+    with pytest.raises(TypeError, match=r"measures an array of shape \(3,\)"):
+        penalty_of(matrix(), Y0, getkey(), regularizer)
+
+
+def test_a_pair_needs_no_list_around_it(getkey):
+    key, a = getkey(), matrix()
+    alone = penalty_of(a, Y0, key, (0.5, lrnde.LocalError()))
+    assert alone == penalty_of(a, Y0, key, [(0.5, lrnde.LocalError())])
+    two = lrnde.GlobalError(), lrnde.GlobalStiffness()
+    both = penalty_of(a, Y0, key, two)
+    np.testing.assert_allclose(both, penalty_of(a, Y0, key, list(two)), rtol=1e-6)
+
+
 @named("solver", [lrnde.Tsit5, diffrax.Dopri5, lrnde.Bosh3, diffrax.Heun])
 def test_stability_interval_is_where_the_method_stops_damping(solver, float64):
     """One step of y' = -x y shrinks the state just inside it and grows it outside."""

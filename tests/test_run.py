@@ -303,7 +303,9 @@ def test_an_unknown_experiment_lists_what_there_is(tiny, capsys):
     ("text", "says"),
     [
         ("hidden: 8\n", "no methods in these settings"),
-        (SETTINGS + "hiden: 8\n", "argument 'hiden'"),
+        (SETTINGS + "hiden: 8\n", "mnist-node has no setting hiden"),
+        (SETTINGS.replace("[3]", "3"), "seeds=3 must be a list"),
+        (SETTINGS.replace("[3]", "[-1]"), "seed=-1 must be a whole number"),
         (SETTINGS.replace("tier: tiny", "tier: cpu"), "settings of the tier 'cpu'"),
         (SETTINGS + "hidden: [8\n", "expected ',' or ']'"),
         ("", "no methods in these settings"),

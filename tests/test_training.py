@@ -94,6 +94,7 @@ def test_schedules_start_and_end_where_they_should(start, end, steps):
         ({"kind": "cosine", "start": 0.0, "end": 0.1}, "start must be positive"),
         ({"kind": "constant", "value": "1e-3"}, "value is not a finite.*1.0e-3"),
         ({"kind": "constant", "value": math.nan}, "value is not a finite number"),
+        ({"kind": "inverse", "start": 1.0, "rate": -0.1}, "rate must not be negative"),
     ],
 )
 def test_a_wrong_schedule_is_explained(spec, says):
@@ -113,8 +114,18 @@ def test_the_budget_always_suffices_and_shrinks_only_when_idle(used):
         assert budget.steps == before or 2 * steps <= before
 
 
+@pytest.mark.parametrize(
+    "numbers", [dict(steps=0), dict(steps=64, limit=4), dict(smallest=0)]
+)
+def test_a_budget_that_cannot_be_kept_is_refused(numbers):
+    with pytest.raises(ValueError, match="StepBudget"):
+        StepBudget(**numbers)
+
+
 def test_a_solve_that_runs_out_of_steps_is_tried_again_and_changes_nothing():
-    tight = train(budget=StepBudget(steps=4, smallest=4))
+    given = StepBudget(steps=4, smallest=4)
+    tight = train(budget=given)
+    assert given == StepBudget(steps=4, smallest=4)  # it may be used again
     roomy = train(budget=StepBudget(steps=64))
     assert tight.budget.steps > 4
     assert tight.step == roomy.step == 20
@@ -140,6 +151,9 @@ def test_a_raised_limit_lets_a_stopped_run_go_on(tmp_path):
     with pytest.raises(TrainingError, match="more than 4 steps"):
         train(1, budget=StepBudget(steps=4, limit=4), **kwargs)
     assert train(1, budget=StepBudget(steps=4, limit=64), **kwargs).step == 1
+    # And a lowered one holds, too.
+    with pytest.raises(TrainingError, match="more than 4 steps"):
+        train(2, budget=StepBudget(steps=4, limit=4), **kwargs)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path):
@@ -160,6 +174,71 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path):
         fit(make_model(), objective, poisoned, steps=20, checkpoint=path, **kwargs)
     good = fit(make_model(), objective, batches, steps=7, **kwargs)
     assert_same_state(training.load_checkpoint(path, good, ""), good)
+
+
+class Decay(eqx.Module):
+    """A model with a random key among its leaves."""
+
+    rate: jax.Array
+    key: jax.Array
+
+    def __call__(self, t, y, args):
+        return -self.rate * y
+
+
+def decay_objective(solver):
+    def objective(model, batch, **kwargs):
+        sol, penalty = lrnde.diffeqsolve(
+            diffrax.ODETerm(model),
+            solver,
+            0.0,
+            1.0,
+            None,
+            batch,
+            stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-3),
+            throw=False,
+            **kwargs,
+        )
+        done = diffrax.is_successful(sol.result)
+        loss, stats = jnp.mean(sol.ys[-1] ** 2), sol.stats
+        return training.Evaluation(
+            loss, penalty, {}, stats["nfe"], stats["num_steps"], done
+        )
+
+    return objective
+
+
+def train_decay(objective, steps=20, **kwargs):
+    settings = dict(optimizer=optax.adam(1e-2), key=jr.key(1), progress=False)
+    model = Decay(jnp.array(1.0), jr.key(7))
+    return fit(
+        model, objective, lambda step: jnp.ones(2), steps=steps, **settings | kwargs
+    )
+
+
+def test_an_implicit_solver_trains_without_a_curve_of_its_nfe():
+    state = train_decay(decay_objective(diffrax.Kvaerno3()))
+    assert state.history.curves.keys() == {"step", "loss", "penalty"}
+    assert state.history.curves["step"] == [10, 20]
+
+
+def test_random_keys_are_kept_in_a_checkpoint(tmp_path):
+    noisy = dict(optimizer=optax.noisy_sgd(0.1, key=jr.key(1)), weight=0.5)
+    objective = decay_objective(lrnde.Bosh3())
+    whole = train_decay(objective, 6, **noisy)
+    path = str(tmp_path / "run.ckpt")
+    train_decay(objective, 2, **noisy, checkpoint=path)
+    assert_same_state(train_decay(objective, 6, **noisy, checkpoint=path), whole)
+
+
+def test_what_an_objective_must_give_is_said():
+    one = decay_objective(lrnde.Bosh3())
+
+    def many(model, batch, **kwargs):
+        return one(model, batch, **kwargs)._replace(nfe=jnp.ones(5))
+
+    with pytest.raises(ValueError, match=r"nfe of the evaluation has shape \(5,\)"):
+        train_decay(many)
 
 
 def test_one_compilation_once_the_budget_has_settled():

@@ -1,15 +1,14 @@
 """Files: found in a folder or downloaded, and verified either way."""
 
 import hashlib
-import importlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 
 from tqdm import tqdm
 
+from .._extras import import_extra
 from ._sources import File, SOURCES
 
 
@@ -94,7 +93,7 @@ def expected(file: File) -> str:
 
 def cache(name: str) -> Path:
     """The folder of a data set in the user's cache."""
-    return Path(import_extra("pooch", "pooch").os_cache("lrnde")) / name
+    return Path(import_extra("pooch").os_cache("lrnde")) / name
 
 
 def fetch(
@@ -143,13 +142,6 @@ def _download(url: str, file: File, folder: Path) -> None:
 def _downloader(bar: tqdm) -> Callable:
     # "identity": a server that calls a .gz file a compressed transfer of its contents
     # would otherwise have it unpacked on arrival.
-    return import_extra("pooch", "pooch").HTTPDownloader(
+    return import_extra("pooch").HTTPDownloader(
         progressbar=bar, chunk_size=2**16, headers={"Accept-Encoding": "identity"}
     )
-
-
-def import_extra(module: str, package: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"this needs {package}: pip install 'lrnde[book]'") from error

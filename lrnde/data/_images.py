@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float, Float64, Int32, UInt8
 
-from ._files import DataError, import_extra, read
+from .._extras import import_extra
+from ._files import DataError, read
 from ._sources import SOURCES
 
 

@@ -4,6 +4,7 @@ The notebooks and `python -m lrnde.run` both call `run`.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from ._classification import CIFAR10 as CIFAR10
@@ -63,8 +64,8 @@ def configs(settings: Mapping[str, Any]) -> list[Config]:
 
     **Raises:**
 
-    - `ValueError` without methods or seeds, for an unknown experiment, for a weight of
-        a method that is not there, and as `Config`.
+    - `ValueError` without lists of methods and seeds, for an unknown experiment or
+        setting, for a weight of a method that is not there, and as `Config`.
     """
     settings = dict(settings)
     for name in ("experiment", "methods", "seeds"):
@@ -77,7 +78,14 @@ def configs(settings: Mapping[str, Any]) -> list[Config]:
         )
     make = EXPERIMENTS[settings["experiment"]]
     methods, seeds = settings.pop("methods"), settings.pop("seeds")
-    weights = settings.pop("weights", {})
+    weights = settings.pop("weights", None) or {}
+    for name, value in {"methods": methods, "seeds": seeds}.items():
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name}={value!r} must be a list.")
+    if surplus := set(settings) - {field.name for field in fields(make)}:
+        raise ValueError(
+            f"{settings['experiment']} has no setting {', '.join(sorted(surplus))}."
+        )
     unknown = set(weights) - set(methods)
     if unknown:
         raise ValueError(f"weights of {sorted(unknown)}, which are not in methods.")

@@ -1,5 +1,6 @@
 """Experiments that classify images: MNIST and CIFAR10."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from ._run import check_solved, constant, DatasetConfig, MAX_STEPS
 
 
 class Scores(NamedTuple):
-    """Loss and accuracy over examples, mean NFE over batches."""
+    """Loss and accuracy over examples, mean NFE over batches (NaN if not counted)."""
 
     loss: float
     accuracy: float
@@ -91,7 +92,7 @@ def evaluate(
         out = jax.device_get(_score(model, x[rows], y[rows], mask, kwargs))
         check_solved(bool(out[3]))
         loss, hits = loss + float(out[0]), hits + int(out[1])
-        nfes.append(int(out[2]))
+        nfes.append(math.nan if out[2] is None else int(out[2]))
     return Scores(loss / len(x), hits / len(x), sum(nfes) / len(nfes))
 
 

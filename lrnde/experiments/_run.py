@@ -115,6 +115,10 @@ class Config(abc.ABC):
     - `weight`: A `lrnde.training.schedule` of the penalty's weight. Without effect for
         the methods "vanilla" and "steer".
     - `precision`: Precision of matrix products, as in `jax.default_matmul_precision`.
+
+    **Raises:**
+
+    - `ValueError` for a setting that is none of the choices or out of its range.
     """
 
     experiment: str
@@ -140,6 +144,8 @@ class Config(abc.ABC):
                     f"{name}={getattr(self, name)!r} is not known; choose one of "
                     f"{', '.join(choices)}."
                 )
+        if type(self.seed) is not int or self.seed < 0:
+            raise ValueError(f"seed={self.seed!r} must be a whole number, from 0 on.")
         for name in self.counts():
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 problem = "must be a whole number, and at least 1."

@@ -66,9 +66,16 @@ class Spiral(Config):
     truth: int = 10_000
     evaluations: int = 20
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("times", "trajectories", "truth"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 2.")
+
     @classmethod
     def counts(cls):
-        return (*super().counts(), "hidden", "times", "truth", "evaluations")
+        names = "hidden", "times", "trajectories", "truth", "evaluations"
+        return (*super().counts(), *names)
 
     def load_data(self) -> simulated.Moments:
         """True means and variances."""

@@ -43,7 +43,7 @@ class Reconstruction(NamedTuple):
     x: Float[Array, "batch times channels"]
     posterior: Posterior
     penalty: Real[Array, ""]
-    nfe: Int[Array, ""]
+    nfe: Int[Array, ""] | None
     num_steps: Int[Array, ""]
     successful: Bool[Array, ""]
 

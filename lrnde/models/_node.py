@@ -19,14 +19,15 @@ class Prediction(NamedTuple):
 
     - `logits`: Unnormalised log-probabilities, a row an example.
     - `penalty`: The regularizer's penalty, zero without one.
-    - `nfe`: Vector field evaluations of the solve (of the drift, for an SDE).
+    - `nfe`: Vector field evaluations of the solve (of the drift, for an SDE); `None`
+        with an implicit solver, where they cannot be counted.
     - `num_steps`: Steps of the solve, rejected ones included.
     - `successful`: Whether the solve reached its end within `max_steps`.
     """
 
     logits: Float[Array, "batch classes"]
     penalty: Real[Array, ""]
-    nfe: Int[Array, ""]
+    nfe: Int[Array, ""] | None
     num_steps: Int[Array, ""]
     successful: Bool[Array, ""]
 
@@ -62,7 +63,11 @@ class NeuralODE(eqx.Module):
         max_steps: int = 4096,
         saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),  # noqa: B008
     ) -> tuple[diffrax.Solution, Real[Array, ""]]:
-        """Solves the equation; see `lrnde.diffeqsolve`."""
+        """Solves the equation; see `lrnde.diffeqsolve`.
+
+        A solve that needs more than `max_steps` ends early and without an error; ask
+        `diffrax.is_successful(sol.result)`.
+        """
         return diffeqsolve(
             diffrax.ODETerm(self.vector_field),
             self.solver,
