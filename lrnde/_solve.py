@@ -1,5 +1,6 @@
 """`lrnde.diffeqsolve`: `diffrax.diffeqsolve` with regularizers."""
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -66,7 +67,8 @@ def diffeqsolve(
     Under `jax.vmap` every solve has its own steps, key and penalty; take the mean of
     the penalties. On a GPU ask JAX for full precision of matrix products, by
     `jax.config.update("jax_default_matmul_precision", "highest")`: the rounding of TF32
-    drowns the error estimate, and the penalty then does next to nothing.
+    drowns the error estimate, and the penalty then does next to nothing. Where nothing
+    is set, a warning says so.
 
     **Returns:**
 
@@ -107,6 +109,7 @@ def diffeqsolve(
     )
     first = evaluates_first_stage(solver, solver_state, made_jump)
     t0, t1, dt0, y0 = _promote(t0, t1, dt0, y0, saveat)
+    _warn_of_rounding(plan, y0)
     for item in plan.steer:
         t1, saveat = item.regularizer.jitter(item.key, t0, t1, saveat)
     direction = jnp.where(t0 < t1, 1, -1)
@@ -210,6 +213,21 @@ def _promote(t0, t1, dt0, y0, saveat):
         y0 = jtu.tree_map(promote, y0)
     dt0 = None if dt0 is None else jnp.asarray(dt0, dtype)
     return jnp.asarray(t0, dtype), jnp.asarray(t1, dtype), dt0, y0
+
+
+def _warn_of_rounding(plan: Plan, y0) -> None:
+    """Says so if what is measured may be the rounding of matrix products."""
+    said = jax.config.jax_default_matmul_precision is not None
+    if said or jax.default_backend() != "gpu" or not (plan.local or plan.sums):
+        return
+    if any(y.dtype in (jnp.float32, jnp.complex64) for y in jtu.tree_leaves(y0)):
+        warnings.warn(
+            "By default JAX rounds matrix products on a GPU, which drowns the error "
+            "estimate and leaves the penalty without effect. Set "
+            "`jax.config.update('jax_default_matmul_precision', 'highest')`; any "
+            "setting silences this.",
+            stacklevel=2,
+        )
 
 
 def _make_sampler(controller, plan: Plan, evaluate_first_stage, dtype) -> StepSampler:

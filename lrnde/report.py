@@ -273,6 +273,12 @@ def table(
     return frame
 
 
+def _check_published(experiment: str) -> None:
+    if experiment not in TABLES:
+        problem = f"no published results for {experiment!r}; known: {', '.join(TABLES)}"
+        raise ValueError(problem)
+
+
 def published_table(experiment: str) -> "pandas.DataFrame":
     """The published results of an experiment, as printed.
 
@@ -289,9 +295,7 @@ def published_table(experiment: str) -> "pandas.DataFrame":
 
     `ValueError` if nothing was published on that experiment.
     """
-    if experiment not in TABLES:
-        problem = f"no published results for {experiment!r}; known: {', '.join(TABLES)}"
-        raise ValueError(problem)
+    _check_published(experiment)
     pd = import_extra("pandas")
     frame = pd.DataFrame(TABLES[experiment]).set_index("method")
     frame = frame.replace("", EMPTY).replace("±", " ± ", regex=True)
@@ -635,9 +639,7 @@ def claims(
 
     `ValueError` if nothing was published on that experiment.
     """
-    if experiment not in TABLES:
-        problem = f"no published results for {experiment!r}; known: {', '.join(TABLES)}"
-        raise ValueError(problem)
+    _check_published(experiment)
     pd = import_extra("pandas")
     chosen = [r for r in records if (r["experiment"], r["tier"]) == (experiment, tier)]
     lines = [
@@ -735,7 +737,7 @@ def _draw_method(
 
 
 def learning_curves(
-    records: Sequence[dict], quantity: Sequence[str] = ("nfe", "accuracy")
+    records: Sequence[dict], quantity: Sequence[str] | None = None
 ) -> "matplotlib.figure.Figure":
     """Draws how quantities change during training.
 
@@ -743,7 +745,8 @@ def learning_curves(
 
     - `records`: Records of one experiment in one tier.
     - `quantity`: A panel each: `"nfe"`, `"loss"`, `"penalty"`, and what the experiment
-        has of `"accuracy"`, `"mse"` and `"kl"`.
+        has of `"accuracy"`, `"mse"` and `"kl"`. By default the NFE and the first of
+        accuracy, error and loss that there is.
 
     **Returns:**
 
@@ -755,6 +758,11 @@ def learning_curves(
     `ValueError` if a quantity is unknown or not in the records, or a method has no
     colour.
     """
+    if quantity is None:
+        logs = [record["curves"] for record in records]
+        names = ("accuracy", "mse")
+        shared = [name for name in names if all(name in log for log in logs)]
+        quantity = ("nfe", (*shared, "loss")[0])
     for name in set(quantity) - set(_CURVES):
         raise ValueError(f"unknown quantity {name!r}; known: {', '.join(_CURVES)}")
     groups = _by_method(records)

@@ -32,6 +32,9 @@ hypothesis.settings.register_profile("lrnde", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("random", deadline=None)
 hypothesis.settings.load_profile("lrnde")
 
+# On a GPU the tests are of the methods, not of TF32. (On a CPU this does nothing.)
+jax.config.update("jax_default_matmul_precision", "highest")
+
 # Every annotation in the package is checked at run time, shapes included.
 install_import_hook("lrnde", "beartype.beartype")
 

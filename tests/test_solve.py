@@ -124,6 +124,28 @@ def test_the_solve_is_that_of_diffrax(solver, regularizer, getkey):
     np.testing.assert_allclose(*middle, rtol=1e-5, atol=1e-6)
 
 
+@named("regularizer", [None, lrnde.LocalError(), lrnde.GlobalError()])
+@named("precision", [None, "highest"])
+def test_rounded_products_on_a_gpu_are_warned_of(
+    regularizer, precision, getkey, monkeypatch
+):
+    def solve():
+        lrnde.diffeqsolve(
+            *problem(lrnde.Tsit5(), t1=0.1),
+            regularizer=regularizer,
+            key=getkey(),
+            stepsize_controller=CONTROLLER,
+        )
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with jax.default_matmul_precision(precision):
+        if regularizer is None or precision:
+            solve()  # a warning would be an error
+        else:
+            with pytest.warns(UserWarning, match="rounds matrix products on a GPU"):
+                solve()
+
+
 def test_without_a_regularizer_the_penalty_is_zero():
     _, penalty = lrnde.diffeqsolve(
         *problem(lrnde.Tsit5()), stepsize_controller=CONTROLLER

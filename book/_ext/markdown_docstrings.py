@@ -5,7 +5,6 @@ import textwrap
 
 from sphinx.application import Sphinx
 
-
 _CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
