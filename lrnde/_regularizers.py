@@ -90,9 +90,10 @@ class AbstractLocalRegularizer(AbstractStepRegularizer):
 
     random: ClassVar[bool] = True
 
-    sampling: str = eqx.field(static=True, default="unbiased")
-    step: str = eqx.field(static=True, default="taken")
-    samples: int = eqx.field(static=True, default=1)
+    # By keyword, so that a subclass may have fields without a default.
+    sampling: str = eqx.field(static=True, default="unbiased", kw_only=True)
+    step: str = eqx.field(static=True, default="taken", kw_only=True)
+    samples: int = eqx.field(static=True, default=1, kw_only=True)
 
     def __check_init__(self):
         _check_choice("sampling", self.sampling, SAMPLINGS)
@@ -190,6 +191,10 @@ class LocalError(AbstractLocalRegularizer):
         + _LOCAL
     )
 
+    sampling: str = eqx.field(static=True, default="unbiased")
+    step: str = eqx.field(static=True, default="taken")
+    samples: int = eqx.field(static=True, default=1)
+
     def check(self, terms, solver):
         _check_error(self, terms, solver)
 
@@ -246,6 +251,10 @@ class LocalStiffness(AbstractLocalRegularizer):
     method, and the equation must have no noise."""
         + _LOCAL
     )
+
+    sampling: str = eqx.field(static=True, default="unbiased")
+    step: str = eqx.field(static=True, default="taken")
+    samples: int = eqx.field(static=True, default=1)
 
     def check(self, terms, solver):
         _check_explicit(self, terms, solver)

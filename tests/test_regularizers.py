@@ -367,16 +367,18 @@ def test_other_methods_have_no_stability_interval(solver):
         lrnde.stability_interval(solver)
 
 
-class SquaredError(lrnde.AbstractLocalRegularizer):
+class PowerOfError(lrnde.AbstractLocalRegularizer):
+    power: int
+
     def measure(self, step):
-        y_error = step.y_error
-        return lrnde.scaled_error(step.controller, step.y0, step.y1, y_error) ** 2
+        error = lrnde.scaled_error(step.controller, step.y0, step.y1, step.y_error)
+        return error**self.power
 
 
 def test_a_regularizer_of_ones_own_needs_nothing_but_its_measure(getkey):
     key, a = getkey(), matrix()
     errors = penalty_of(a, Y0, key, lrnde.LocalError()) / 2.0
-    squares = penalty_of(a, Y0, key, SquaredError()) / 2.0
+    squares = penalty_of(a, Y0, key, PowerOfError(2)) / 2.0
     np.testing.assert_allclose(squares, errors**2, rtol=1e-5)
 
 
