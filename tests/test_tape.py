@@ -189,7 +189,7 @@ def test_the_loop_itself():
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_a_progress_meter_has_no_derivative():
+def test_a_progress_meter_has_no_derivative(float64):
     def end(y0, **kwargs):
         return diffrax.diffeqsolve(
             *problem(lrnde.Bosh3())[:5],
