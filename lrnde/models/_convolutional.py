@@ -118,7 +118,7 @@ class Conv(eqx.Module):
 def _kernel(key, shape, deviation):
     # As the initializers of `jax.nn`, but for `draw`.
     if deviation is not None:
-        return jnp.asarray(deviation) * draw(jr.normal, key, shape)
+        return draw(jax.nn.initializers.normal(deviation), key, shape)
     *window, inputs, outputs = shape
     variance = jnp.asarray(2 / (math.prod(window) * (inputs + outputs)))  # of Glorot
     return jnp.sqrt(3 * variance) * draw(jr.uniform, key, shape, minval=-1.0)
