@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Real
 from tqdm import tqdm
@@ -486,8 +487,8 @@ def _check_single(evaluation: Evaluation) -> None:
 class _Interrupt:
     """Lets Ctrl-C, or the signal of `kill`, end the training between two steps.
 
-    A second one ends it at once. With several processes the latter is JAX's, which
-    looks for warnings that a machine will be taken away.
+    A second one ends it at once. (Several processes of JAX have a handler for SIGTERM
+    that Python does not know of, and so does not put back.)
     """
 
     def __init__(self):
@@ -496,9 +497,7 @@ class _Interrupt:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            alone = jax.process_count() == 1
-            numbers = [signal.SIGINT, signal.SIGTERM] if alone else [signal.SIGINT]
-            for number in numbers:
+            for number in (signal.SIGINT, signal.SIGTERM):
                 self.previous[number] = signal.signal(number, self._ask)
         return self
 
@@ -509,6 +508,13 @@ class _Interrupt:
     def __exit__(self, *exception):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+
+def _anywhere(here: bool) -> bool:
+    """Whether something holds in any process; all of them get the same answer."""
+    if jax.process_count() == 1:
+        return here
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(here))))
 
 
 def fit(
@@ -555,8 +561,9 @@ def fit(
     - `sharding`: How to lay a batch over devices, `lrnde.training.shardings`: one for
         all of its arrays, or a tree of them with the structure of a batch. The model is
         copied to all devices. `None` trains on one. With several processes
-        (`jax.distributed`) each calls this with the same arguments, and the first one
-        writes the checkpoint, which all have to be able to read.
+        (`jax.distributed`) each calls this with the same arguments. The first one
+        writes the checkpoint, which all have to be able to read, and what stops one
+        stops all of them after the same step.
     - `checkpoint`: A file to resume from if it exists, and to write to.
     - `identity`: Whose checkpoint it is; one of another identity is refused.
     - `origin`: Where this process trains, for `State.origins`; something that JSON can
@@ -575,8 +582,7 @@ def fit(
 
     - `TrainingError`: if the loss or its gradient is not finite, or a solve needs more
         steps than the budget's limit. The last good state is in the checkpoint.
-    - `ValueError` if there are a deadline and several processes, or if a part of an
-        `Evaluation` is not a single number.
+    - `ValueError` if a part of an `Evaluation` is not a single number.
 
     ```python
     def objective(model, batch, **kwargs):  # regularizer, key and max_steps
@@ -596,10 +602,6 @@ def fit(
         )
     ```
     """
-    if jax.process_count() > 1 and deadline < math.inf:
-        raise ValueError(
-            "a deadline would stop some processes before others, which wait for them."
-        )
     if not callable(weight):
         weight = optax.constant_schedule(weight)
     checkpoint = None if checkpoint is None else Path(checkpoint)
@@ -634,8 +636,8 @@ def fit(
     state.model, state.opt_state = spread((state.model, state.opt_state))
     bar = tqdm(total=steps, initial=state.step, disable=not progress, unit="step")
     with bar, _Interrupt() as interrupt:
-        while state.step < steps and not interrupt.asked:
-            if time.monotonic() > deadline:
+        while state.step < steps:
+            if _anywhere(interrupt.asked or time.monotonic() > deadline):
                 break
             started = time.monotonic()
             batch = batches(state.step)
@@ -680,7 +682,8 @@ def fit(
             if state.step % checkpoint_every == 0:
                 save()
     save()
-    if interrupt.asked and state.step == steps and checkpoint is not None:
+    asked = _anywhere(interrupt.asked)  # nobody goes on before the first has saved
+    if asked and state.step == steps and checkpoint is not None:
         raise KeyboardInterrupt
     if sharding is not None:
         state.model, state.opt_state = _on_one_device((state.model, state.opt_state))

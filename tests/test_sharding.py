@@ -1,6 +1,7 @@
-"""Batches divided over eight devices: the same training as on one, to rounding."""
+"""Batches divided over devices and processes: the same training as on one device."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,59 @@ else:
 """
 
 
+# Two processes, one device each; the second is asked to stop, the first has a deadline.
+TOGETHER = """
+import math, os, signal, sys
+from pathlib import Path
+import equinox as eqx, jax, numpy as np
+from lrnde import experiments
+
+port, rank, checkpoint = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+assert jax.device_count() == 2
+
+
+class Interrupted(experiments.MNISTNode):
+    def batches(self, dataset):
+        batch = super().batches(dataset)
+
+        def interrupting(step):
+            if rank == 1 and step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return batch(step)
+
+        return interrupting
+
+
+small = dict(
+    experiment="mnist-node", method="unbiased", batch_size=16, tolerance=1e-3, steps=4,
+    hidden=8, solver="bosh3",
+)
+config = experiments.MNISTNode(**small)
+dataset = config.load_data()
+
+
+def train(config, **kwargs):
+    return experiments.train(config, dataset, progress=False, **kwargs)
+
+
+alone = train(config)
+late = train(config, shard=True, deadline=0.0 if rank == 0 else math.inf)
+assert late.step == 0
+stopped = train(Interrupted(**small), shard=True, checkpoint=checkpoint)
+assert stopped.step == 2
+resumed = train(config, shard=True, checkpoint=checkpoint)
+assert resumed.step == 4 and len(resumed.history.pending) == 4
+for a, b in zip(alone.history.pending, resumed.history.pending, strict=True):
+    assert a["nfe"] == b["nfe"], (a, b)
+    np.testing.assert_allclose(list(b.values()), list(a.values()), rtol=1e-9)
+leaves = [jax.tree.leaves(eqx.filter(s.model, eqx.is_array)) for s in (alone, resumed)]
+for a, b in zip(*leaves, strict=True):
+    np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-11)
+"""
+
+
 # A penalty is compared in double precision: in single precision the estimate of a small
 # error is itself mostly rounding.
 @pytest.mark.parametrize(
@@ -57,6 +111,26 @@ def test_as_on_one_device(name, method, double, rtol):
     command = [sys.executable, "-c", TRAIN, name, method, rtol]
     root = Path(__file__).parents[1]
     subprocess.run(command, cwd=root, env=environment, check=True)
+
+
+def test_processes_stop_together_and_go_on_together(tmp_path):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    root = Path(__file__).parents[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, port, rank, tmp_path / "run.ckpt"],
+            cwd=root,
+            env=os.environ | {"JAX_ENABLE_X64": "1"},
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:  # one that waits for the other would wait for ever
+            process.kill()
 
 
 def test_an_experiment_without_batches_says_so():
