@@ -45,6 +45,8 @@ COLORS = {
     "stiffness-biased": "#873600",
 }
 _MARKERS = dict(zip(COLORS, "osD^vPX*<>pHd", strict=True))
+# Methods that often end where another one does: both lines can be seen.
+_DASHED = ("biased", "global-error", "stiffness-biased")
 
 # curve: label, factor to the unit of the label, scale of the axis.
 _CURVES = {
@@ -361,9 +363,9 @@ def findings(records: Sequence[dict]) -> str:
     lines = [f"- *vanilla*: NFE {nfe}, {name} {quality} {unit}".rstrip() + "."]
     for method, row in rows.items():
         gap = factor * (row[merit] - base[merit])
-        change = f"{gap:+.2f} points"
+        change = f"{gap:+z.2f} points"
         if relative:
-            change = f"{100 * gap / (factor * base[merit]):+.1f} %"
+            change = f"{100 * gap / (factor * base[merit]):+z.1f} %"
         costs = [
             f"{row[ratio]:.3f} times {what}"
             for ratio, what in (
@@ -591,9 +593,9 @@ def _growth_of_error(experiment, method, records):
 
 def _claims_of(experiment: str) -> dict[str, tuple]:
     """Quantity: what is claimed of it, how that is judged, and how it is written."""
-    quality = {"accuracy lost (points)": (_loss_of_accuracy, _quality_verdict, "+.2f")}
+    quality = {"accuracy lost (points)": (_loss_of_accuracy, _quality_verdict, "+z.2f")}
     if "test acc %" not in TABLES[experiment][0]:
-        quality = {"error added (%)": (_growth_of_error, _quality_verdict, "+.1f")}
+        quality = {"error added (%)": (_growth_of_error, _quality_verdict, "+z.1f")}
     return {
         "NFE": (_costs("test_nfe", ["test NFE"]), _cost_verdict, ".3f"),
         "prediction time": (_prediction_time, _cost_verdict, ".3f"),
@@ -728,7 +730,8 @@ def _draw_method(
     if not values.any():
         return  # such as the penalty of vanilla, which a log axis cannot show
     mean, color = values.mean(0), _color(method)
-    axes.plot(step, mean, color=color, label=method)
+    style = "--" if method in _DASHED else "-"
+    axes.plot(step, mean, color=color, linestyle=style, label=method)
     if len(values) > 1:
         band = values.std(0, ddof=1)
         axes.fill_between(
@@ -778,7 +781,7 @@ def learning_curves(
 
 
 def _legend(figure: "matplotlib.figure.Figure", panels: Sequence) -> None:
-    """One legend a figure, above its panels."""
+    """One legend a figure, above its panels; beside them if it is long."""
     entries = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
@@ -786,6 +789,9 @@ def _legend(figure: "matplotlib.figure.Figure", panels: Sequence) -> None:
     names = _ordered(list(entries))
     if names:
         handles = [entries[name] for name in names]
+        if len(names) > 8:
+            figure.legend(handles, names, loc="outside right upper")
+            return
         columns = max(3, int(figure.get_figwidth() / 1.3))
         columns = min(columns, len(names))
         figure.legend(handles, names, loc="outside upper center", ncols=columns)
@@ -801,8 +807,8 @@ def pareto(records: Sequence[dict]) -> "matplotlib.figure.Figure":
     **Returns:**
 
     The figure: test NFE against test accuracy or, where nothing is classified, the test
-    error or loss; a marker a seed. Left is better, and so is up (accuracy) or down
-    (error, loss).
+    error or loss; a marker a seed, darker where several lie on one another. Left is
+    better, and so is up (accuracy) or down (error, loss).
 
     **Raises:**
 
@@ -812,12 +818,15 @@ def pareto(records: Sequence[dict]) -> "matplotlib.figure.Figure":
     merit = _merit(records)
     name, factor, unit, _ = _MERITS[merit]
     label = f"{name.capitalize()} ({unit})" if unit else name.capitalize()
-    with _new_figure(1, (4.6, 3.2)) as (figure, (axes,)):
+    size = (7.0, 3.8) if len(groups) > 8 else (4.6, 3.2)  # with a legend at the side
+    with _new_figure(1, size) as (figure, (axes,)):
         axes.set(xlabel="Test NFE", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         for method, group in groups.items():
             nfe = [record["metrics"]["test_nfe"] for record in group]
             merits = [factor * record["metrics"][merit] for record in group]
-            look = {"color": _color(method), "marker": _MARKERS.get(method, "o")}
-            axes.scatter(nfe, merits, s=48, edgecolors="white", label=method, **look)
+            color, marker = _color(method), _MARKERS.get(method, "o")
+            look = {"facecolors": (color, 0.6), "edgecolors": "0.2", "linewidths": 0.6}
+            axes.scatter(nfe, merits, s=48, marker=marker, label=method, **look)
         _legend(figure, [axes])
     return figure

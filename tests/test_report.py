@@ -285,12 +285,16 @@ def test_findings_compare_with_vanilla(others, vanilla):
         change = 100 * (np.mean(values) / np.mean(vanilla) - 1)
         (line,) = [line for line in rest if f"*{method}*" in line]
         assert "1.000 times the NFE of vanilla" in line
-        assert line.endswith(f"test error {change:+.1f} %.") or abs(change) > 1e6
+        assert line.endswith(f"test error {change:+z.1f} %.") or abs(change) > 1e6
 
 
-def test_findings_of_classifiers_are_in_points():
-    records = [make_record(), make_record("biased", metrics={"test_accuracy": 0.9371})]
-    assert "test accuracy -1.29 points." in report.findings(records)
+@pytest.mark.parametrize("points", [-1.29, -0.001, 0.5])
+def test_findings_of_classifiers_are_in_points(points):
+    vanilla = make_record()
+    accuracy = vanilla["metrics"]["test_accuracy"] + points / 100
+    records = [vanilla, make_record("biased", metrics={"test_accuracy": accuracy})]
+    told = {-1.29: "-1.29", -0.001: "+0.00", 0.5: "+0.50"}[points]
+    assert f"test accuracy {told} points." in report.findings(records)
 
 
 def test_findings_leave_out_times_of_another_device():
