@@ -487,8 +487,7 @@ def _check_single(evaluation: Evaluation) -> None:
 class _Interrupt:
     """Lets Ctrl-C, or the signal of `kill`, end the training between two steps.
 
-    A second one ends it at once. (Several processes of JAX have a handler for SIGTERM
-    that Python does not know of, and so does not put back.)
+    A second one ends it at once.
     """
 
     def __init__(self):
@@ -510,11 +509,8 @@ class _Interrupt:
             signal.signal(number, handler)
 
 
-def _anywhere(here: bool) -> bool:
-    """Whether something holds in any process; all of them get the same answer."""
-    if jax.process_count() == 1:
-        return here
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(here))))
+def _of_all_processes(value: bool | int) -> np.ndarray:
+    return np.asarray(multihost_utils.process_allgather(np.asarray(value)))
 
 
 def fit(
@@ -560,10 +556,12 @@ def fit(
     - `budget`: The step budget to start with.
     - `sharding`: How to lay a batch over devices, `lrnde.training.shardings`: one for
         all of its arrays, or a tree of them with the structure of a batch. The model is
-        copied to all devices. `None` trains on one. With several processes
-        (`jax.distributed`) each calls this with the same arguments. The first one
-        writes the checkpoint, which all have to be able to read, and what stops one
-        stops all of them after the same step.
+        copied to all devices. `None` trains on one. With devices of several processes
+        (`jax.distributed`) each calls this with the same arguments, a deadline by its
+        own clock. The first one writes the checkpoint, which all have to be able to
+        read. A signal or deadline that meets one stops all after the same step; one
+        that waits for another notices a signal when that comes. JAX's own handler of
+        SIGTERM, if there are several processes, is gone afterwards.
     - `checkpoint`: A file to resume from if it exists, and to write to.
     - `identity`: Whose checkpoint it is; one of another identity is refused.
     - `origin`: Where this process trains, for `State.origins`; something that JSON can
@@ -581,7 +579,9 @@ def fit(
     **Raises:**
 
     - `TrainingError`: if the loss or its gradient is not finite, or a solve needs more
-        steps than the budget's limit. The last good state is in the checkpoint.
+        steps than the budget's limit. The last good state is in the checkpoint. With
+        several processes also if the checkpoint cannot be written, or is not the same
+        for all.
     - `ValueError` if a part of an `Evaluation` is not a single number.
 
     ```python
@@ -612,6 +612,9 @@ def fit(
     if checkpoint is not None and checkpoint.exists():
         state = load_checkpoint(checkpoint, state, identity)
     resumed_at = state.step
+    together = any(not s.is_fully_addressable for s in jax.tree.leaves(sharding))
+    if together and len(set(_of_all_processes(state.step).tolist())) > 1:
+        raise TrainingError(f"the processes do not see the same {checkpoint}.")
     if train_step is None:
         train_step = make_step(objective, optimizer, regularizer)
     compiled = set()
@@ -622,9 +625,21 @@ def fit(
         mesh = jax.tree.leaves(sharding)[0].mesh
         return eqx.filter_shard(tree, NamedSharding(mesh, PartitionSpec()))
 
+    def anywhere(here: bool) -> bool:
+        return bool(_of_all_processes(here).any()) if together else here
+
     def save():
-        if checkpoint is not None and jax.process_index() == 0:
-            save_checkpoint(checkpoint, state, identity)
+        if checkpoint is None:
+            return
+        problem = None
+        if not together or jax.process_index() == 0:
+            try:
+                save_checkpoint(checkpoint, state, identity)
+            except Exception as error:
+                problem = error
+        # Nobody goes on before the first process has saved, or if it could not.
+        if anywhere(problem is not None):
+            raise problem or TrainingError(f"{checkpoint} could not be written.")
 
     def fail(reason: str):
         save()
@@ -637,7 +652,7 @@ def fit(
     bar = tqdm(total=steps, initial=state.step, disable=not progress, unit="step")
     with bar, _Interrupt() as interrupt:
         while state.step < steps:
-            if _anywhere(interrupt.asked or time.monotonic() > deadline):
+            if anywhere(interrupt.asked or time.monotonic() > deadline):
                 break
             started = time.monotonic()
             batch = batches(state.step)
@@ -681,8 +696,8 @@ def fit(
             bar.set_postfix(_postfix(evaluation), refresh=False)
             if state.step % checkpoint_every == 0:
                 save()
-    save()
-    asked = _anywhere(interrupt.asked)  # nobody goes on before the first has saved
+        save()
+        asked = anywhere(interrupt.asked)
     if asked and state.step == steps and checkpoint is not None:
         raise KeyboardInterrupt
     if sharding is not None:

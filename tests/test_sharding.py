@@ -46,16 +46,19 @@ else:
 """
 
 
-# Two processes, one device each; the second is asked to stop, the first has a deadline.
+# Two processes, one device each. One has a deadline. The other is asked to stop, and
+# the first as well, while it saves. A disk is full. Then both go on.
 TOGETHER = """
 import math, os, signal, sys
 from pathlib import Path
 import equinox as eqx, jax, numpy as np
-from lrnde import experiments
+from lrnde import experiments, training
 
 port, rank, checkpoint = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+jax.distributed.initialize(
+    f"127.0.0.1:{port}", 2, rank, initialization_timeout=60, shutdown_timeout_seconds=10
+)
 assert jax.device_count() == 2
 
 
@@ -86,8 +89,35 @@ def train(config, **kwargs):
 alone = train(config)
 late = train(config, shard=True, deadline=0.0 if rank == 0 else math.inf)
 assert late.step == 0
+save = training.save_checkpoint
+
+
+def interrupted(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    save(*args)
+
+
+def full(*args):
+    raise OSError("no space left")
+
+
+def refused(message, **kwargs):
+    try:
+        train(config, shard=True, **kwargs)
+    except (training.TrainingError, OSError) as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+
+
+training.save_checkpoint = interrupted
 stopped = train(Interrupted(**small), shard=True, checkpoint=checkpoint)
 assert stopped.step == 2
+training.save_checkpoint = full
+elsewhere = checkpoint.with_name("other.ckpt")
+refused("could not be written" if rank else "no space left", checkpoint=elsewhere)
+training.save_checkpoint = save
+refused("do not see the same", checkpoint=elsewhere if rank else checkpoint)
 resumed = train(config, shard=True, checkpoint=checkpoint)
 assert resumed.step == 4 and len(resumed.history.pending) == 4
 for a, b in zip(alone.history.pending, resumed.history.pending, strict=True):
@@ -117,12 +147,13 @@ def test_processes_stop_together_and_go_on_together(tmp_path):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
-    root = Path(__file__).parents[1]
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
+    environment = {"XLA_FLAGS": flags, "JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TOGETHER, port, rank, tmp_path / "run.ckpt"],
-            cwd=root,
-            env=os.environ | {"JAX_ENABLE_X64": "1"},
+            cwd=Path(__file__).parents[1],
+            env=os.environ | environment,
         )
         for rank in ("0", "1")
     ]
@@ -131,6 +162,7 @@ def test_processes_stop_together_and_go_on_together(tmp_path):
     finally:
         for process in processes:  # one that waits for the other would wait for ever
             process.kill()
+            process.wait()
 
 
 def test_an_experiment_without_batches_says_so():
