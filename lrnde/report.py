@@ -47,6 +47,7 @@ COLORS = {
 _MARKERS = dict(zip(COLORS, "osD^vPX*<>pHd", strict=True))
 # Methods that often end where another one does: both lines can be seen.
 _DASHED = ("biased", "global-error", "stiffness-biased")
+_LONG = 8  # a legend with more entries stands beside the panels
 
 # curve: label, factor to the unit of the label, scale of the axis.
 _CURVES = {
@@ -789,7 +790,7 @@ def _legend(figure: "matplotlib.figure.Figure", panels: Sequence) -> None:
     names = _ordered(list(entries))
     if names:
         handles = [entries[name] for name in names]
-        if len(names) > 8:
+        if len(names) > _LONG:
             figure.legend(handles, names, loc="outside right upper")
             return
         columns = max(3, int(figure.get_figwidth() / 1.3))
@@ -818,7 +819,7 @@ def pareto(records: Sequence[dict]) -> "matplotlib.figure.Figure":
     merit = _merit(records)
     name, factor, unit, _ = _MERITS[merit]
     label = f"{name.capitalize()} ({unit})" if unit else name.capitalize()
-    size = (7.0, 3.8) if len(groups) > 8 else (4.6, 3.2)  # with a legend at the side
+    size = (7.0, 3.8) if len(groups) > _LONG else (4.6, 3.2)
     with _new_figure(1, size) as (figure, (axes,)):
         axes.set(xlabel="Test NFE", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)

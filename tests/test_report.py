@@ -288,12 +288,13 @@ def test_findings_compare_with_vanilla(others, vanilla):
         assert line.endswith(f"test error {change:+z.1f} %.") or abs(change) > 1e6
 
 
-@pytest.mark.parametrize("points", [-1.29, -0.001, 0.5])
-def test_findings_of_classifiers_are_in_points(points):
+@pytest.mark.parametrize(
+    "points, told", [(-1.29, "-1.29"), (-0.001, "+0.00"), (0.5, "+0.50")]
+)
+def test_findings_of_classifiers_are_in_points(points, told):
     vanilla = make_record()
     accuracy = vanilla["metrics"]["test_accuracy"] + points / 100
     records = [vanilla, make_record("biased", metrics={"test_accuracy": accuracy})]
-    told = {-1.29: "-1.29", -0.001: "+0.00", 0.5: "+0.50"}[points]
     assert f"test accuracy {told} points." in report.findings(records)
 
 

@@ -10,11 +10,29 @@ import pytest
 
 from lrnde import experiments
 
-TRAIN = """
-import sys
+# What both scripts begin with.
+SAME = """
+import math, os, signal, sys
+from pathlib import Path
 import equinox as eqx, jax, numpy as np
-from lrnde import experiments
+from lrnde import experiments, training
 
+
+def assert_same(one, other, rtol):
+    for a, b in zip(one.history.pending, other.history.pending, strict=True):
+        assert a.keys() == b.keys() and a["nfe"] == b["nfe"], (a, b)
+        np.testing.assert_allclose(list(b.values()), list(a.values()), rtol=rtol)
+    models = [eqx.filter(state.model, eqx.is_array) for state in (one, other)]
+    for a, b in zip(*map(jax.tree.leaves, models), strict=True):
+        np.testing.assert_allclose(b, a, rtol=rtol, atol=rtol / 100)
+        assert len(b.sharding.device_set) == 1
+
+
+"""
+
+TRAIN = (
+    SAME
+    + """
 assert jax.device_count() == 8
 name, method, rtol = *sys.argv[1:3], float(sys.argv[3])
 small = dict(
@@ -30,13 +48,7 @@ one, eight = (
     for shard in (False, True)
 )
 assert len(one.history.pending) == 3
-for a, b in zip(one.history.pending, eight.history.pending, strict=True):
-    assert a.keys() == b.keys() and a["nfe"] == b["nfe"], (a, b)
-    np.testing.assert_allclose(list(b.values()), list(a.values()), rtol=rtol)
-leaves = [jax.tree.leaves(eqx.filter(s.model, eqx.is_array)) for s in (one, eight)]
-for a, b in zip(*leaves, strict=True):
-    np.testing.assert_allclose(b, a, rtol=rtol, atol=rtol / 100)
-    assert len(b.sharding.device_set) == 1
+assert_same(one, eight, rtol)
 try:
     experiments.EXPERIMENTS[name](**small | dict(batch_size=20)).sharding()
 except ValueError as error:
@@ -44,16 +56,14 @@ except ValueError as error:
 else:
     raise AssertionError("20 examples on 8 devices")
 """
+)
 
 
 # Two processes, one device each. One has a deadline. The other is asked to stop, and
 # the first as well, while it saves. A disk is full. Then both go on.
-TOGETHER = """
-import math, os, signal, sys
-from pathlib import Path
-import equinox as eqx, jax, numpy as np
-from lrnde import experiments, training
-
+TOGETHER = (
+    SAME
+    + """
 port, rank, checkpoint = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(
@@ -120,13 +130,9 @@ training.save_checkpoint = save
 refused("do not see the same", checkpoint=elsewhere if rank else checkpoint)
 resumed = train(config, shard=True, checkpoint=checkpoint)
 assert resumed.step == 4 and len(resumed.history.pending) == 4
-for a, b in zip(alone.history.pending, resumed.history.pending, strict=True):
-    assert a["nfe"] == b["nfe"], (a, b)
-    np.testing.assert_allclose(list(b.values()), list(a.values()), rtol=1e-9)
-leaves = [jax.tree.leaves(eqx.filter(s.model, eqx.is_array)) for s in (alone, resumed)]
-for a, b in zip(*leaves, strict=True):
-    np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-11)
+assert_same(alone, resumed, 1e-9)
 """
+)
 
 
 # A penalty is compared in double precision: in single precision the estimate of a small
