@@ -139,6 +139,15 @@ def check_choosing_the_weight(results):
     assert field[heaviest] > field[none]
 
 
+def check_own_model(results):
+    nfe, drawing = results["nfe"], results["nfe_of_drawing"]
+    heaviest, none = max(nfe, key=float), min(nfe, key=float)
+    assert 0 < nfe[heaviest] < nfe[none]
+    assert 0 < drawing[1] < drawing[0]
+    # The bound is of the training loss at its best, so let there be some slack.
+    assert all(lost < float(weight) + 0.1 for weight, lost in results["lost"].items())
+
+
 def check_numerics(results):
     assert 4.5 < results["truncation_slope"] < 5.5
     floors = results["floor_slopes"]
@@ -193,6 +202,7 @@ CHECKS = {
     "cifar10_multiscale": check_cifar10_multiscale,
     "comparison": check_comparison,
     "choosing_the_weight": check_choosing_the_weight,
+    "own_model": check_own_model,
     "results_tables": check_results_tables,
     "learning_curves": check_learning_curves,
     "what_reproduces": check_what_reproduces,
