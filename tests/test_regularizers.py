@@ -235,6 +235,44 @@ def test_gradients_agree_under_every_adjoint(solver, adjoints, float64, getkey):
         assert jnp.all(of_input == 0)
 
 
+@named(
+    "solver, order, tolerance",
+    [(TSIT5, 5, 1e-6), (lrnde.Bosh3(), 3, 1e-5)],
+    ids=["Tsit5", "Bosh3"],
+)
+def test_the_gradient_is_that_of_the_logarithm_of_the_number_of_steps(
+    solver, order, tolerance, float64, getkey
+):
+    # Equation (weight-trade) of the book, where it is exact but for the ends of the
+    # solve: on a circle all steps are of one length and have one error.
+    def rotation(t, y, log_speed):
+        return jnp.exp(log_speed) * jnp.stack([-y[1], y[0]])
+
+    @jax.jit
+    @ft.partial(jax.value_and_grad, has_aux=True)
+    def solve(log_speed):
+        sol, penalty = lrnde.diffeqsolve(
+            diffrax.ODETerm(rotation),
+            solver,
+            0.0,
+            10.0,
+            0.01,
+            Y0[:2],
+            log_speed,
+            stepsize_controller=diffrax.PIDController(rtol=0.0, atol=tolerance),
+            regularizer=lrnde.LocalError(),
+            key=getkey(),
+        )
+        return penalty, sol.stats["num_accepted_steps"]
+
+    (penalty, steps), gradient = solve(3.0)
+    (_, more), _ = solve(3.1)
+    (_, fewer), _ = solve(2.9)
+    slope = (np.log(more) - np.log(fewer)) / 0.2
+    assert steps > 200
+    np.testing.assert_allclose(gradient, order * penalty * slope, rtol=0.03)
+
+
 def test_the_solve_itself_keeps_its_gradient(float64, getkey):
     """Adding a regularizer does not change the gradient of what was there before."""
 
