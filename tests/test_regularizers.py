@@ -244,7 +244,8 @@ def test_the_gradient_is_that_of_the_logarithm_of_the_number_of_steps(
     solver, order, tolerance, float64, getkey
 ):
     # Equation (weight-trade) of the book, where it is exact but for the ends of the
-    # solve: on a circle all steps are of one length and have one error.
+    # solve and higher powers of the step size: on a circle all steps are of one length
+    # and have one error, so all ways of drawing a step agree.
     def rotation(t, y, log_speed):
         return jnp.exp(log_speed) * jnp.stack([-y[1], y[0]])
 
@@ -270,7 +271,7 @@ def test_the_gradient_is_that_of_the_logarithm_of_the_number_of_steps(
     (_, fewer), _ = solve(2.9)
     slope = (np.log(more) - np.log(fewer)) / 0.2
     assert steps > 200
-    np.testing.assert_allclose(gradient, order * penalty * slope, rtol=0.03)
+    np.testing.assert_allclose(gradient, order * penalty * slope, rtol=0.01)
 
 
 def test_the_solve_itself_keeps_its_gradient(float64, getkey):
