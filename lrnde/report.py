@@ -307,9 +307,11 @@ def published_table(experiment: str) -> "pandas.DataFrame":
 
 
 def _readable(value: object) -> str:
-    """A setting; of a schedule its numbers and its kind."""
+    """A setting; of a schedule its numbers and its kind, of several each by name."""
     if not isinstance(value, dict):
         return str(value)
+    if "kind" not in value:
+        return "; ".join(f"{name}: {_readable(inner)}" for name, inner in value.items())
     numbers = [f"{number:g}" for name, number in value.items() if name != "kind"]
     return f"{', '.join(numbers)} ({value['kind']})"
 

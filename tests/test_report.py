@@ -263,6 +263,12 @@ def test_settings_stand_side_by_side():
     assert table["ours"].tolist() == ["–", "0.1, 0.01 (cosine)"]
 
 
+def test_a_setting_for_each_method_is_readable():
+    weights = {"taylor": {"kind": "constant", "value": 0.1}, "kinetic": 2}
+    table = report.settings_table({"ours": {"weights": weights}})
+    assert table.loc["weights", "ours"] == "taylor: 0.1 (constant); kinetic: 2"
+
+
 def series_records(mse):
     """Records of an experiment in which nothing is classified."""
     made = []
