@@ -140,11 +140,10 @@ def check_choosing_the_weight(results):
 
 
 def check_own_model(results):
-    nfe, lost = results["nfe"], results["lost"]
+    nfe = results["nfe"]
     highest, none = max(nfe, key=float), min(nfe, key=float)
     assert 0 < nfe[highest] < nfe[none]
-    assert lost[none] == 0
-    assert math.isfinite(lost[highest])
+    assert math.isfinite(results["lost"][highest])
     plain, regularized = results["steps_of_drawing"]
     assert 0 < regularized <= plain
 
