@@ -225,8 +225,12 @@ def _quality(experiment: str, records: Sequence[dict]):
 
 
 def _line(
-    row: dict[str, int | float], published: dict[str, str], quality
+    records: Sequence[dict],
+    row: dict[str, int | float],
+    published: dict[str, str],
+    quality,
 ) -> dict[str, str]:
+    devices = [device for record in records for device in _timed_on(record)]
     return {
         **quality(row, published),
         "test NFE": _cell(row, "test_nfe", 1, 1),
@@ -237,6 +241,7 @@ def _line(
         "predict time (ms/batch)": _cell(row, "predict_seconds", 1000, 1),
         "predict ratio": _cell(row, "predict_ratio", 1, 3),
         "train step ratio": _cell(row, "train_step_ratio", 1, 3),
+        "timed on": _distinct(devices) or EMPTY,
         "seeds": str(row.get("seeds", 0)),
         "source": published.get("source") or EMPTY,
     }
@@ -265,10 +270,15 @@ def table(
     """
     pd = import_extra("pandas")
     chosen = [r for r in records if (r["experiment"], r["tier"]) == (experiment, tier)]
-    rows = summary(chosen)
+    rows, groups = summary(chosen), _by_method(chosen)
     quality = _quality(experiment, chosen)
     lines = {
-        method: _line(rows.get(method, {}), _published(experiment, method), quality)
+        method: _line(
+            groups.get(method, []),
+            rows.get(method, {}),
+            _published(experiment, method),
+            quality,
+        )
         for method in _ordered([*methods, *rows])
     }
     frame = pd.DataFrame.from_dict(lines, orient="index").rename_axis("method")

@@ -86,6 +86,17 @@ def test_times_of_two_devices_make_no_ratio_whatever_their_numbers():
     assert row["nfe_ratio"] == 1
 
 
+def test_a_table_says_what_its_times_come_from():
+    found = [
+        make_record(),
+        make_record("biased", 0, provenance={"device": "b"}),
+        make_record("biased", 1, provenance={"device": "a"}),
+    ]
+    shown = report.table(found, found[0]["experiment"], found[0]["tier"])["timed on"]
+    here = found[0]["provenance"]["device"]
+    assert shown.to_dict() == {"vanilla": here, "unbiased": "–", "biased": "a, b"}
+
+
 def test_an_experiment_of_ones_own_shows_what_it_has():
     metrics = {"train_loss": 0.5, "test_loss": 0.25, "train_nfe": 9, "test_nfe": 9}
     own = make_record(experiment="my-spiral")
