@@ -91,12 +91,14 @@ def test_the_readme_has_the_figures_of_the_records():
         found = records.load_all(RESULTS, experiment, "paper")
         claims = report.claims(found, experiment, "paper").loc["unbiased"]
         nfe, time, quality = claims["here"]
-        kind = "error {:+.1f} %" if experiment == "physionet" else "accuracy {:+.2f}"
+        kind = "accuracy {:+z.2f} ± {:.2f} points"
+        if experiment == "physionet":
+            kind = "error {:+z.1f} ± {:.1f} %"
         sign = 1 if experiment == "physionet" else -1
         expected = [
             f"{nfe:.2f}",
             f"{claims['published'].iloc[0]:.2f}",
             f"{time:.2f}",
-            kind.format(sign * quality).replace("-0.00", "+0.00"),
+            kind.format(sign * quality, claims["error"].iloc[2]),
         ]
-        assert row.removesuffix(" points").split(" | ")[1:] == expected
+        assert row.split(" | ")[1:] == expected
