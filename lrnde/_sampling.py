@@ -85,7 +85,7 @@ def scaled_error(
 
 
 def _init_reservoir(t0, y0) -> Reservoir:
-    empty = Step(t0, t0, y0)
+    empty = lax.stop_gradient(Step(t0, t0, y0))
     dtype = jnp.result_type(t0)
     return Reservoir(
         slots=jtu.tree_map(lambda x: jnp.stack([x, x]), empty),

@@ -20,6 +20,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, Literal, no_effects
 from jaxtyping import Array, Int, PyTree
 
+_COLUMNS = 256  # what the forward pass saves is filled up to a multiple of this
+
 
 def taped_while_loop(
     cond_fun: Callable[[PyTree], Any],
@@ -56,14 +58,15 @@ def taped_while_loop(
     body_fun = eqx.filter_closure_convert(body_fun, init_val)
     rows = min(rows, max_steps)
     stretches = -(-max_steps // rows)
-    final_val = _loop((body_fun, init_val), cond_fun, buffers, rows, stretches)
+    arguments = cond_fun, buffers, rows, stretches, _Splits()
+    final_val = _loop((body_fun, init_val), *arguments)
     # `common_rewrite` puts a counter and flags of its own before the value.
     return final_val[-1]
 
 
 @eqx.filter_custom_vjp
-def _loop(vjp_arg, cond_fun, buffers, rows, stretches):
-    del buffers, rows, stretches
+def _loop(vjp_arg, cond_fun, buffers, rows, stretches, splits):
+    del buffers, rows, stretches, splits
     body_fun, val = vjp_arg
     return lax.while_loop(lambda val: cond_fun(val), lambda val: body_fun(val), val)
 
@@ -71,17 +74,14 @@ def _loop(vjp_arg, cond_fun, buffers, rows, stretches):
 class _Saved(NamedTuple):
     """What the forward pass leaves for the backward pass.
 
-    - `body`: The two halves of the body.
-    - `invariants`: The residuals that no iteration changes.
-    - `tape`: The other residuals of the last stretch, an iteration a row.
+    - `tape`: The residuals of the last stretch, an iteration a row, and then empty
+        arrays.
     - `used`: Rows of the tape in use.
     - `starts`: The value at the start of each stretch, buffers left out.
     - `count`: Stretches in use.
     - `final_val`: The final value, wanted for its buffers.
     """
 
-    body: "_Body"
-    invariants: list[Any]
     tape: list[Array]
     used: Int[Array, ""]
     starts: PyTree[Array]
@@ -90,10 +90,9 @@ class _Saved(NamedTuple):
 
 
 @_loop.def_fwd
-def _forward(perturbed, vjp_arg, cond_fun, buffers, rows, stretches):
+def _forward(perturbed, vjp_arg, cond_fun, buffers, rows, stretches, splits):
     body_fun, val = vjp_arg
-    body = _split(body_fun, val, *perturbed)
-    invariants = body.invariants(body_fun, val)
+    body = splits.make(body_fun, val, perturbed)
     tape = _empty_tape(rows, body.columns)
     starts, count = None, jnp.array(1)
     if stretches == 1:
@@ -114,7 +113,7 @@ def _forward(perturbed, vjp_arg, cond_fun, buffers, rows, stretches):
             next_stretch,
             (val, tape, zero, starts, zero),
         )
-    return val, _Saved(body, invariants, tape, used, starts, count, val)
+    return val, _Saved(_padded(tape), used, starts, count, val)
 
 
 def _empty_tape(rows: int, columns) -> list[Array]:
@@ -125,6 +124,14 @@ def _empty_tape(rows: int, columns) -> list[Array]:
         lax.full((rows, *x.shape), fill if inexact[fill] else 0, x.dtype)
         for fill, x in enumerate(columns)
     ]
+
+
+def _padded(tape: list[Array]) -> list[Array]:
+    # JAX keeps the forward pass of each set of inputs that carry a derivative, but the
+    # structure of what it saves of the last such set only (as of jax 0.12). Where one
+    # solve is differentiated in several ways, `jax.checkpoint` may then read the one
+    # with the structure of the other. So the structure is always the same.
+    return [*tape, *(jnp.zeros(0) for _ in range(-len(tape) % _COLUMNS))]
 
 
 def _run(body: "_Body", body_fun, cond_fun, val, tape):
@@ -144,9 +151,14 @@ def _run(body: "_Body", body_fun, cond_fun, val, tape):
 
 
 @_loop.def_bwd
-def _backward(saved, grad_val, perturbed, vjp_arg, cond_fun, buffers, rows, stretches):
+def _backward(
+    saved, grad_val, perturbed, vjp_arg, cond_fun, buffers, rows, stretches, splits
+):
     body_fun, _ = vjp_arg
-    body, invariants, tape, used, starts, count, final_val = saved
+    body = splits.found(perturbed)
+    invariants = body.invariants(body_fun)
+    tape, used, starts, count, final_val = saved
+    tape = tape[: len(body.columns)]
     grad_body = jtu.tree_map(_zeros, body_fun, perturbed[0])
     grad_val = jtu.tree_map(
         lambda wanted, x, grad: _zeros(x, wanted) if grad is None else grad,
@@ -217,7 +229,7 @@ class _Body(NamedTuple):
     """The body of a loop, split into a forward and a backward half.
 
     - `forward`: From (body, value) to the new value and a row of residuals.
-    - `invariants`: From (body, value) to the residuals that do not depend on the value.
+    - `invariants`: From the body to the residuals that do not depend on the value.
     - `backward`: From a row, the invariants and the gradient of the new value to the
         gradients of the body and of the value.
     - `active`: Which leaves of the value carry a derivative.
@@ -229,6 +241,24 @@ class _Body(NamedTuple):
     backward: Callable[..., tuple[PyTree, PyTree]]
     active: PyTree[bool]
     columns: list[Any]
+
+
+class _Splits:
+    """The halves of one loop's body, for each set of inputs that carry a derivative."""
+
+    def __init__(self):
+        self._bodies = {}
+
+    def make(self, body_fun, val, perturbed) -> _Body:
+        body = _split(body_fun, val, *perturbed)
+        return self._bodies.setdefault(self._key(perturbed), body)
+
+    def found(self, perturbed) -> _Body:
+        return self._bodies[self._key(perturbed)]
+
+    @staticmethod
+    def _key(perturbed) -> tuple[bool, ...]:
+        return tuple(map(bool, jtu.tree_leaves(perturbed)))
 
 
 def _split(body_fun, val, perturbed_body, perturbed_val) -> _Body:
@@ -250,7 +280,8 @@ def _split(body_fun, val, perturbed_body, perturbed_val) -> _Body:
 
     closed = jax.make_jaxpr(linearized)(*body_leaves, *val_leaves)
     jaxpr, num_val = closed.jaxpr, len(val_leaves)
-    varying = set(jaxpr.invars[len(body_leaves) :])
+    constant, changing = jaxpr.invars[:-num_val], jaxpr.invars[-num_val:]
+    varying = set(changing)
     fixed_eqns = []
     for eqn in jaxpr.eqns:
         if eqn.effects or any(_is_in(varying, x) for x in eqn.invars):
@@ -269,18 +300,22 @@ def _split(body_fun, val, perturbed_body, perturbed_val) -> _Body:
     )
     run_fixed = jaxpr_as_fun(
         ClosedJaxpr(
-            jaxpr.replace(outvars=fixed, eqns=fixed_eqns, effects=no_effects),
+            jaxpr.replace(
+                invars=constant, outvars=fixed, eqns=fixed_eqns, effects=no_effects
+            ),
             closed.consts,
         )
     )
     val_tree = jtu.tree_structure(val)
+    # On the way back an array may be another kind of number: so it goes by its place.
+    arrays = jtu.tree_map(eqx.is_array, (body_fun, val))
 
     def forward(body_fun, val):
-        out = run(*jtu.tree_leaves(eqx.filter((body_fun, val), eqx.is_array)))
+        out = run(*jtu.tree_leaves(eqx.filter((body_fun, val), arrays)))
         return jtu.tree_unflatten(val_tree, out[:num_val]), out[num_val:]
 
-    def invariants(body_fun, val):
-        return run_fixed(*jtu.tree_leaves(eqx.filter((body_fun, val), eqx.is_array)))
+    def invariants(body_fun):
+        return run_fixed(*jtu.tree_leaves(eqx.filter(body_fun, arrays[0])))
 
     def backward(row, invariants, grad_val):
         invariants = iter(invariants)
