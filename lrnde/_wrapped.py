@@ -15,21 +15,24 @@ class AbstractTransparentSolver(diffrax.AbstractWrappedSolver):
 
     @property
     def solver(self):
-        # diffrax looks at what kind of solver is inside, but no deeper than one level.
+        # For diffrax to see what kind of solver is inside: it looks no deeper than one
+        # level. All else is the stepper's.
         inner = self.stepper
-        return inner.solver if isinstance(inner, AbstractTransparentSolver) else inner
+        while isinstance(inner, diffrax.AbstractWrappedSolver):
+            inner = inner.solver
+        return inner
 
     @property
     def term_structure(self):
-        return self.solver.term_structure
+        return self.stepper.term_structure
 
     @property
     def interpolation_cls(self):
-        return self.solver.interpolation_cls
+        return self.stepper.interpolation_cls
 
     @property
     def term_compatible_contr_kwargs(self):
-        return self.solver.term_compatible_contr_kwargs
+        return self.stepper.term_compatible_contr_kwargs
 
     # diffrax looks for these two where it takes the solver for an implicit one, or for
     # one of its Runge-Kutta methods.
@@ -42,13 +45,13 @@ class AbstractTransparentSolver(diffrax.AbstractWrappedSolver):
         return self.solver.scan_kind
 
     def order(self, terms):
-        return self.solver.order(terms)
+        return self.stepper.order(terms)
 
     def strong_order(self, terms):
-        return self.solver.strong_order(terms)
+        return self.stepper.strong_order(terms)
 
     def error_order(self, terms):
-        return self.solver.error_order(terms)
+        return self.stepper.error_order(terms)
 
     def func(self, terms, t0, y0, args):
-        return self.solver.func(terms, t0, y0, args)
+        return self.stepper.func(terms, t0, y0, args)

@@ -189,6 +189,26 @@ def test_global_error_of_a_stochastic_equation(float64):
     close(found, expected.sum())
 
 
+def test_a_wrapped_solver_of_a_stochastic_equation_is_what_it_is_to_diffrax():
+    tree = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-2, (3,), jr.key(1))
+
+    def solve(solver):
+        return lrnde.diffeqsolve(
+            noisy(tree),
+            diffrax.HalfSolver(solver),
+            0.0,
+            1.0,
+            0.1,
+            jnp.ones(3),
+            stepsize_controller=diffrax.PIDController(rtol=0.1, atol=0.1),
+            regularizer=lrnde.GlobalError(),
+        )
+
+    assert solve(diffrax.EulerHeun())[1] > 0  # without a warning, which would raise
+    with pytest.raises(ValueError, match="Euler's method"):
+        solve(diffrax.Euler())
+
+
 def test_global_error_on_a_path_drawn_as_the_solve_goes(float64, getkey):
     """Its mean over samples of the same solve: path, global and local go together."""
     path = lrnde.BrownianPath((3,), jr.key(1))
