@@ -4,6 +4,7 @@ import diffrax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from ._integrals import strip
 from ._regularizers import AbstractGlobalRegularizer, single, TakenStep
 from ._wrapped import AbstractTransparentSolver
 
@@ -45,6 +46,7 @@ class AccumulatingSolver(AbstractTransparentSolver):
         # What it measures is thrown away, but its derivative, infinity times zero,
         # would not be.
         outcome = jtu.tree_map(_finite, (y1, y_error, dense_info))
+        terms, y0, outcome = strip((terms, y0, outcome))
         step = TakenStep(
             terms, self.stepper, self.controller, args, t0, t1, y0, *outcome
         )

@@ -248,17 +248,6 @@ class Augmented(NamedTuple):
     integrals: tuple[Array, ...]
 
 
-def _is_augmented(x) -> bool:
-    return isinstance(x, Augmented)
-
-
-def strip(tree: PyTree) -> PyTree:
-    """The same tree with the state alone in place of each `Augmented`."""
-    return jtu.tree_map(
-        lambda x: x.state if _is_augmented(x) else x, tree, is_leaf=_is_augmented
-    )
-
-
 class AugmentedField(eqx.Module):
     """The vector field of a state and its integrals."""
 
@@ -277,6 +266,24 @@ class AugmentedField(eqx.Module):
             )
         )
         return Augmented(field(t, y.state), integrands)
+
+
+def strip(tree: PyTree) -> PyTree:
+    """The same tree as it would be without the integrals: states and terms."""
+
+    def is_field(x):
+        return isinstance(x, diffrax.ODETerm) and isinstance(
+            x.vector_field, AugmentedField
+        )
+
+    def without(x):
+        if isinstance(x, Augmented):
+            return x.state
+        return x.vector_field.term if is_field(x) else x
+
+    return jtu.tree_map(
+        without, tree, is_leaf=lambda x: isinstance(x, Augmented) or is_field(x)
+    )
 
 
 class Problem(NamedTuple):

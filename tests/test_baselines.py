@@ -563,6 +563,20 @@ def test_penalties_add_up_with_their_weights(float64, getkey):
     close(together, alone[0] + 0.5 * alone[1] + 0.1 * alone[2] + 2 * alone[3], 1e-9)
 
 
+class WorkDone(lrnde.AbstractGlobalRegularizer):
+    """Looks at all parts of a step."""
+
+    def measure(self, step):
+        k = step.terms.vf(step.t0, step.y0, step.args)
+        stages = step.dense_info["k"].sum(0)
+        return jnp.sum(step.y1 * k) + jnp.sum(step.y_error**2 * stages)
+
+
+def test_an_integral_does_not_show_in_the_steps(float64, getkey):
+    beside = [WorkDone(), (0.0, lrnde.Kinetic())]
+    close(penalty_of(None, beside, key=getkey()), penalty_of(None, WorkDone()), 1e-9)
+
+
 def test_local_regularizers_draw_steps_of_their_own(float64, getkey):
     """Two of the same kind in one solve are independent of each other."""
     pair = [lrnde.LocalError("biased"), (1000.0, lrnde.LocalError("biased"))]
