@@ -231,7 +231,7 @@ def _sign(diffusion):
 def _diagonal(solver, vf, w: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
     """The diffusion as a tree like the state."""
     operator = isinstance(vf, lx.DiagonalLinearOperator)
-    g = vf.diagonal if operator else vf
+    g = vf.diagonal if operator else jtu.tree_map(jnp.asarray, vf)
     like_the_noise = _shapes(g) == _shapes(w) if operator else _is_number(w)
     if like_the_noise and _shapes(g) == _shapes(y):
         return g

@@ -336,6 +336,17 @@ def test_a_tree_of_states_is_its_concatenation(float64):
     assert one.stats["num_steps"] == two.stats["num_steps"]
 
 
+def test_a_constant_diffusion_may_be_a_plain_number():
+    def end(g):
+        terms = diffrax.MultiTerm(
+            diffrax.ODETerm(lambda t, y, args: -y),
+            diffrax.ControlTerm(lambda t, y, args: g, Wave(jnp.array(0.5))),
+        )
+        return solve(terms, jnp.array(1.0))[0].ys[0]
+
+    assert end(0.3) == end(jnp.array(0.3))
+
+
 def test_one_brownian_motion_for_all_components(float64):
     """The same as diagonal noise with the same motion in every component."""
     path = Wave(jnp.array(0.5))
