@@ -89,7 +89,7 @@ def diffeqsolve(
     - `ValueError`: if there is no key for a regularizer that draws random numbers; if a
         regularizer measures steps and the step size controller does not adapt them; if
         the controller adapts and the solver estimates no error; if the adjoint or a
-        `solver_state` does not go with a regularizer.
+        `solver_state` does not go with a regularizer; if `dt0` leads away from `t1`.
     - `TypeError`: if `regularizer` is not a regularizer, or does not work with this
         kind of solver or terms.
     - Whatever `diffrax.diffeqsolve` raises.
@@ -108,6 +108,7 @@ def diffeqsolve(
         stepsize_controller, diffrax.AbstractAdaptiveStepSizeController
     )
     first = evaluates_first_stage(solver, solver_state, made_jump)
+    _check_direction(t0, t1, dt0)
     t0, t1, dt0, y0 = _promote(t0, t1, dt0, y0, saveat)
     _warn_of_rounding(plan, y0)
     for item in plan.steer:
@@ -198,6 +199,16 @@ def diffeqsolve(
         penalty = penalty + item.weight * x
     sol = _finish(sol, saveat, solver_state, adaptive, nfe)
     return sol, penalty
+
+
+def _check_direction(t0, t1, dt0) -> None:
+    """As diffrax does, which sees arrays and so would name no numbers."""
+    numbers = all(isinstance(t, int | float) for t in (t0, t1, dt0))
+    if numbers and (t1 - t0) * dt0 < 0:
+        raise ValueError(
+            f"A first step of dt0={dt0} leads from t0={t0} away from t1={t1}. Give "
+            "`dt0` the sign of `t1 - t0`."
+        )
 
 
 def _promote(t0, t1, dt0, y0, saveat):

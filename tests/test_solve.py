@@ -326,6 +326,7 @@ def test_types_are_promoted_by_nobody_else(promotion):
         ),
         (dict(regularizer="biased"), TypeError, "regularizer"),
         (dict(solver=diffrax.Euler()), TypeError, "embedded error"),
+        (dict(dt0=-0.1), ValueError, "the sign of"),
         (
             dict(solver=diffrax.Kvaerno3(), regularizer=lrnde.LocalStiffness()),
             TypeError,
@@ -336,15 +337,16 @@ def test_types_are_promoted_by_nobody_else(promotion):
 def test_misuse_says_what_to_change(change, error, says, getkey):
     arguments = dict(
         solver=lrnde.Tsit5(),
+        dt0=0.1,
         regularizer=lrnde.LocalError(),
         key=getkey(),
         stepsize_controller=CONTROLLER,
     )
     arguments |= change
-    solver = arguments.pop("solver")
+    solver, dt0 = arguments.pop("solver"), arguments.pop("dt0")
     with pytest.raises(error, match=says):
         lrnde.diffeqsolve(
-            TERM, solver, 0.0, 1.0, 0.1, Y0, problem(None)[-1], **arguments
+            TERM, solver, 0.0, 1.0, dt0, Y0, problem(None)[-1], **arguments
         )
 
 
