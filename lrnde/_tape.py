@@ -128,7 +128,7 @@ def _empty_tape(rows: int, columns) -> list[Array]:
 
 def _padded(tape: list[Array]) -> list[Array]:
     # JAX keeps the forward pass of each set of inputs that carry a derivative, but the
-    # structure of what it saves of the last such set only (as of jax 0.12). Where one
+    # structure of what it saves of the last such set only (as of jax 0.10). Where one
     # solve is differentiated in several ways, `jax.checkpoint` may then read the one
     # with the structure of the other. So the structure is always the same.
     return [*tape, *(jnp.zeros(0) for _ in range(-len(tape) % _COLUMNS))]
