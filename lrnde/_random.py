@@ -6,6 +6,9 @@ from typing import Any
 
 from jaxtyping import Array, PRNGKeyArray
 
+# What a seed stands for does not depend on the generator that JAX is told to use.
+GENERATOR = "threefry2x32"
+
 
 def draw(
     sampler: Callable[..., Array],

@@ -11,15 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._brownian import BrownianPath
-from ._random import draw
+from ._random import draw, GENERATOR
 from ._solve import diffeqsolve
 from ._sri import SRIW2
 from .data import normalised_split, TimeSeries
 
 # Steps between two times at which the truth is looked at.
 _STEPS = 32
-# Whatever generator JAX is told to use, the data are the same.
-_GENERATOR = "threefry2x32"
 
 
 class Moments(NamedTuple):
@@ -67,10 +65,13 @@ def spiral_paths(
     - `times`: How many times; at least two.
     - `trajectories`: How many paths.
     """
-    y0 = jnp.tile(jnp.array([2.0, 0.0]), (trajectories, 1))
-    ts = jnp.linspace(0, 1, _STEPS * (times - 1) + 1)
+    # In single precision throughout, so that the paths are the same in double.
+    float32 = jnp.float32
+    y0 = jnp.tile(jnp.array([2.0, 0.0], float32), (trajectories, 1))
+    ts = jnp.linspace(0, 1, _STEPS * (times - 1) + 1, dtype=float32)
+    noise = jax.ShapeDtypeStruct(y0.shape, float32)
     sol, _ = diffeqsolve(
-        spiral_terms(BrownianPath(y0.shape, key)),
+        spiral_terms(BrownianPath(noise, key)),
         SRIW2(),
         0.0,
         1.0,
@@ -88,10 +89,10 @@ def spiral(times: int, trajectories: int) -> Moments:
 
     **Arguments:** as for `spiral_paths`.
     """
-    paths = spiral_paths(jr.key(0, impl=_GENERATOR), times, trajectories)
+    paths = spiral_paths(jr.key(0, impl=GENERATOR), times, trajectories)
     return Moments(
         y0=paths[0, 0],
-        times=jnp.linspace(0, 1, times),
+        times=jnp.linspace(0, 1, times, dtype=paths.dtype),
         means=paths.mean(axis=0),
         variances=paths.var(axis=0, ddof=1),
     )
@@ -120,7 +121,7 @@ def oscillators(series: int = 1000) -> TimeSeries:
     A `lrnde.data.TimeSeries` with its truth.
     """
     # In single precision throughout, so that the draws are the same in double.
-    keys, float32 = jr.split(jr.key(0, impl=_GENERATOR), 4), jnp.float32
+    keys, float32 = jr.split(jr.key(0, impl=GENERATOR), 4), jnp.float32
     times = jnp.linspace(0, 1, 49, dtype=float32)
     low = jnp.array([0.5, 0.2, 2.0, 0.0], float32)
     high = jnp.array([1.0, 1.0, 5.0, 2 * jnp.pi], float32)

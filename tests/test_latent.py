@@ -415,6 +415,14 @@ def test_settings_without_sense_are_refused(setting):
         PhysioNet(**setting)
 
 
+@pytest.mark.parametrize("name", ["deviation", "tolerance"])
+def test_a_text_is_not_taken_for_a_number(name):
+    config = PhysioNet()
+    object.__setattr__(config, name, "1e-2")  # past the type check of these tests
+    with pytest.raises(ValueError, match=f"{name}='1e-2' must be a number"):
+        config.__post_init__()
+
+
 @pytest.mark.parametrize(
     "config",
     [PhysioNet(dataset="digits"), experiments.MNISTNode(dataset="oscillators")],
@@ -434,7 +442,19 @@ def test_the_data_do_not_depend_on_the_generator():
 
     with jax.default_prng_impl("rbg"):
         others = made()
+        key = experiments.MNISTNode().key(1)
     jax.tree.map(np.testing.assert_array_equal, others, made())
+    assert key == experiments.MNISTNode().key(1)
+
+
+def test_the_data_do_not_depend_on_the_precision_of_other_numbers():
+    def made():
+        return simulated.spiral(4, 10), simulated.oscillators(20).x_train
+
+    with jax.enable_x64(True):
+        others = made()
+    close = ft.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, others, made())
 
 
 def test_a_spiral_has_two_of_everything_that_has_a_variance():

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from .. import data
-from .._random import draw
+from .._random import draw, GENERATOR
 from ..models import LatentODE
 from ..objectives import (
     gaussian_log_likelihood,
@@ -53,7 +53,7 @@ def tasks(
     """
     # In single precision and with this generator: the same entries are hidden in double
     # precision, and whatever generator JAX is told to use.
-    key = jr.key(0, impl="threefry2x32")
+    key = jr.key(0, impl=GENERATOR)
     hidden = np.asarray(draw(jr.bernoulli, key, mask.shape, p=jnp.float32(_HIDDEN)))
     late = (times > (times[0] + times[-1]) / 2)[:, None]
     return {

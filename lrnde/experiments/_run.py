@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar, NamedTuple
@@ -25,6 +25,7 @@ from jaxtyping import PyTree
 
 from .. import _explicit, _sri, data, records
 from .._integrals import Kinetic, Taylor
+from .._random import GENERATOR
 from .._regularizers import (
     GlobalError,
     GlobalStiffness,
@@ -150,11 +151,15 @@ class Config(abc.ABC):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 problem = "must be a whole number, and at least 1."
                 raise ValueError(f"{name}={getattr(self, name)!r}: {problem}")
-        if not (isinstance(self.tolerance, int | float) and self.tolerance > 0):
-            raise ValueError(
-                f"tolerance={self.tolerance!r} must be a positive number. (YAML takes "
-                "1e-3 for a text; write 1.0e-3.)"
-            )
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.type is float and not isinstance(value, int | float):
+                raise ValueError(
+                    f"{setting.name}={value!r} must be a number. (YAML takes 1e-3 for "
+                    "a text; write 1.0e-3.)"
+                )
+        if self.tolerance <= 0:
+            raise ValueError(f"tolerance={self.tolerance} must be positive.")
         for spec in (self.learning_rate, self.weight):
             schedule(spec, self.steps)  # tells what is wrong with it
 
@@ -218,7 +223,7 @@ class Config(abc.ABC):
 
     def key(self, purpose: int) -> jax.Array:
         """A key of the run: 0 for its parameters, 1 for training, 2 for evaluation."""
-        return jr.fold_in(jr.key(self.seed), purpose)
+        return jr.fold_in(jr.key(self.seed, impl=GENERATOR), purpose)
 
 
 @dataclass(frozen=True)
@@ -363,24 +368,25 @@ def train(
     shard: bool = False,
 ) -> State:
     """Trains the model of a configuration; see `run` and `lrnde.training.fit`."""
-    return fit(
-        config.make_model(dataset),
-        config.objective,
-        config.batches(dataset),
-        steps=config.steps,
-        optimizer=config.make_optimizer(),
-        key=config.key(1),
-        regularizer=REGULARIZERS[config.method],
-        weight=schedule(config.weight, config.steps),
-        train_step=train_step(config),
-        budget=config.budget(),
-        sharding=config.sharding() if shard else None,
-        checkpoint=checkpoint,
-        identity=records.config_hash(asdict(config)),
-        origin=_origin(config, shard),
-        deadline=deadline,
-        progress=progress,
-    )
+    with jax.default_matmul_precision(config.precision):
+        return fit(
+            config.make_model(dataset),
+            config.objective,
+            config.batches(dataset),
+            steps=config.steps,
+            optimizer=config.make_optimizer(),
+            key=config.key(1),
+            regularizer=REGULARIZERS[config.method],
+            weight=schedule(config.weight, config.steps),
+            train_step=train_step(config),
+            budget=config.budget(),
+            sharding=config.sharding() if shard else None,
+            checkpoint=checkpoint,
+            identity=records.config_hash(asdict(config)),
+            origin=_origin(config, shard),
+            deadline=deadline,
+            progress=progress,
+        )
 
 
 _TRAIN_STEPS: dict[tuple, Callable] = {}
@@ -471,8 +477,9 @@ def measure(
         batches or precision.
     """
     first = configs[0]
+    images = ("dataset", "validation", "train_size", "averaging")
     sizes = ("batch_size", "eval_batch_size", "trajectories", "times")
-    for name in ("dataset", "validation", *sizes, "precision"):
+    for name in (*images, *sizes, "precision"):
         values = {getattr(config, name, None) for config in configs}
         if len(values) > 1:
             raise ValueError(
