@@ -158,7 +158,10 @@ def _git_state() -> tuple[str | None, bool | None]:
         return None, None
     # Records are what runs write, not what they read: the first of three seeds must
     # not make the tree dirty for the other two.
-    changes = _git("status", "--porcelain", "--", ":/", ":(top,exclude)book/results")
+    everything = ":/", ":(top,exclude)book/results"
+    # Whatever the user's settings say of files that git does not know.
+    untracked = "--untracked-files=normal"
+    changes = _git("status", "--porcelain", untracked, "--", *everything)
     return commit, changes == ""
 
 

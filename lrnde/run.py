@@ -274,9 +274,10 @@ def run(
             try:
                 _wait_for_measurement(config, deadline)
                 line = _run_one(config, deadline, shard)
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, MemoryError) as error:
                 # One that diverges or is out of memory shall not hold up the others.
-                print(f"{title(config)}: failed: {error}", flush=True)
+                reason = str(error) or type(error).__name__
+                print(f"{title(config)}: failed: {reason}", flush=True)
                 if isinstance(error, DataError):
                     unavailable.add(config.dataset)
                     print(f"No other run with {config.dataset} is tried.", flush=True)

@@ -445,7 +445,7 @@ def make_step(
         evaluation = objective(
             model, batch, regularizer=regularizer, key=key, max_steps=max_steps
         )
-        _check_single(evaluation)
+        _check(evaluation)
         loss = evaluation.loss
         if regularizer is not None:
             penalty = evaluation.penalty
@@ -475,7 +475,13 @@ def make_step(
     return train_step
 
 
-def _check_single(evaluation: Evaluation) -> None:
+def _check(evaluation: Evaluation) -> None:
+    taken = evaluation.merits.keys() & {"step", "loss", "penalty", "nfe"}
+    if taken:
+        raise ValueError(
+            f"{', '.join(sorted(taken))}: the history has a curve of that name, so no "
+            "merit of the evaluation can have it."
+        )
     for name, value in {**evaluation._asdict(), **evaluation.merits}.items():
         if name != "merits" and value is not None and jnp.shape(value) != ():
             raise ValueError(
@@ -579,10 +585,12 @@ def fit(
     **Raises:**
 
     - `TrainingError`: if the loss or its gradient is not finite, or a solve needs more
-        steps than the budget's limit. The last good state is in the checkpoint. With
-        several processes also if the checkpoint cannot be written, or is not the same
-        for all.
-    - `ValueError` if a part of an `Evaluation` is not a single number.
+        steps than the budget's limit. The last good state is in the checkpoint. If the
+        checkpoint is damaged, of another identity, or has more than `steps` behind it.
+        With several processes also if the checkpoint cannot be written, or is not the
+        same for all.
+    - `ValueError` if a part of an `Evaluation` is not a single number, or a merit has
+        the name of another curve.
 
     ```python
     def objective(model, batch, **kwargs):  # regularizer, key and max_steps
@@ -611,6 +619,11 @@ def fit(
     state = State(model, optimizer.init(params), budget=budget)
     if checkpoint is not None and checkpoint.exists():
         state = load_checkpoint(checkpoint, state, identity)
+    if state.step > steps:
+        raise TrainingError(
+            f"{checkpoint} has {state.step} training steps behind it, more than steps="
+            f"{steps}. Ask for as many at least. {_remedy(checkpoint)}"
+        )
     resumed_at = state.step
     together = any(not s.is_fully_addressable for s in jax.tree.leaves(sharding))
     if together and len(set(_of_all_processes(state.step).tolist())) > 1:

@@ -404,6 +404,8 @@ def test_the_commit_is_that_of_the_checkout_the_package_lives_in(tmp_path):
     assert state() == (commit, True)  # what runs write does not make a tree dirty
     (tmp_path / "package" / "new.py").write_text("")
     assert state() == (commit, False)
+    git("config", "status.showUntrackedFiles", "no")
+    assert state() == (commit, False)
     git("add", "package/new.py")
     git("commit", "-q", "-m", "later")
     origin = module.provenance("highest")  # of the code that was imported

@@ -91,7 +91,7 @@ def test_runs_are_recorded_measured_and_not_repeated(tiny, monkeypatch, capsys):
         run.main([*arguments, "--measure"])
 
 
-@pytest.mark.parametrize("kind", [TrainingError, ValueError])
+@pytest.mark.parametrize("kind", [TrainingError, ValueError, MemoryError])
 def test_the_work_is_shared_and_one_failure_does_not_end_it(
     tiny, monkeypatch, capsys, kind
 ):
@@ -155,6 +155,9 @@ def test_what_is_timed_on_different_data_is_not_compared(tiny):
     other = replace(configs[1], batch_size=64)
     with pytest.raises(ValueError, match="different batch_size"):
         experiments.measure([configs[0], other], run.checkpoint_of)
+    images = experiments.CIFAR10()
+    with pytest.raises(ValueError, match="different averaging"):
+        experiments.measure([images, replace(images, averaging=4)], run.checkpoint_of)
 
 
 def test_a_failure_shows_in_the_exit_code_of_a_run_that_is_stopped(tiny, monkeypatch):

@@ -240,6 +240,33 @@ def test_what_an_objective_must_give_is_said():
     with pytest.raises(ValueError, match=r"nfe of the evaluation has shape \(5,\)"):
         train_decay(many)
 
+    def twice(model, batch, **kwargs):
+        return one(model, batch, **kwargs)._replace(merits={"loss": jnp.ones(())})
+
+    with pytest.raises(ValueError, match="loss: the history has a curve"):
+        train_decay(twice)
+
+
+def test_a_checkpoint_that_is_further_on_is_not_taken_for_this_run(tmp_path):
+    objective, path = decay_objective(lrnde.Bosh3()), str(tmp_path / "run.ckpt")
+    train_decay(objective, 4, checkpoint=path)
+    with pytest.raises(TrainingError, match="4 training steps behind it"):
+        train_decay(objective, 3, checkpoint=path)
+    assert steps_done(Path(path)) == 4
+
+
+def test_a_training_has_the_precision_of_its_configuration():
+    seen = []
+
+    class Watched(MNISTNode):
+        def objective(self, model, batch, **kwargs):
+            seen.append(jax.config.jax_default_matmul_precision)
+            return super().objective(model, batch, **kwargs)
+
+    config = Watched(steps=1, hidden=4, precision="high")
+    experiments.train(config, data.digits(), progress=False)
+    assert set(seen) == {"high"}
+
 
 def test_one_compilation_once_the_budget_has_settled():
     traces = 0
