@@ -17,10 +17,8 @@ import jax.tree_util as jtu
 from equinox.internal._loop.common import common_rewrite
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, Literal, no_effects
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, Literal, no_effects
 from jaxtyping import Array, Int, PyTree
-
-_COLUMNS = 256  # what the forward pass saves is filled up to a multiple of this
 
 
 def taped_while_loop(
@@ -113,7 +111,7 @@ def _forward(perturbed, vjp_arg, cond_fun, buffers, rows, stretches, splits):
             next_stretch,
             (val, tape, zero, starts, zero),
         )
-    return val, _Saved(_padded(tape), used, starts, count, val)
+    return val, _Saved(splits.padded(tape), used, starts, count, val)
 
 
 def _empty_tape(rows: int, columns) -> list[Array]:
@@ -124,14 +122,6 @@ def _empty_tape(rows: int, columns) -> list[Array]:
         lax.full((rows, *x.shape), fill if inexact[fill] else 0, x.dtype)
         for fill, x in enumerate(columns)
     ]
-
-
-def _padded(tape: list[Array]) -> list[Array]:
-    # JAX keeps the forward pass of each set of inputs that carry a derivative, but the
-    # structure of what it saves of the last such set only (as of jax 0.10). Where one
-    # solve is differentiated in several ways, `jax.checkpoint` may then read the one
-    # with the structure of the other. So the structure is always the same.
-    return [*tape, *(jnp.zeros(0) for _ in range(-len(tape) % _COLUMNS))]
 
 
 def _run(body: "_Body", body_fun, cond_fun, val, tape):
@@ -244,12 +234,26 @@ class _Body(NamedTuple):
 
 
 class _Splits:
-    """The halves of one loop's body, for each set of inputs that carry a derivative."""
+    """The halves of one loop's body, for each set of inputs that carry a derivative.
+
+    JAX keeps the forward pass of each such set, but the structure of what it saves of
+    the last one only (as of jax 0.10). Where a solve is differentiated in several ways,
+    `jax.checkpoint` may then read what one has saved with the structure of another. So
+    the structure has to be the same for all: the tape is filled up with empty arrays,
+    to a length that depends on the body alone.
+    """
 
     def __init__(self):
         self._bodies = {}
+        self._length = 0
+
+    def padded(self, tape: list[Array]) -> list[Array]:
+        return [*tape, *[jnp.zeros(0)] * (self._length - len(tape))]
 
     def make(self, body_fun, val, perturbed) -> _Body:
+        if not self._bodies:
+            # An operation leaves seldom more than one residual, and never many.
+            self._length = 2 * _operations(_jaxpr_of(body_fun, val))
         body = _split(body_fun, val, *perturbed)
         return self._bodies.setdefault(self._key(perturbed), body)
 
@@ -328,6 +332,26 @@ def _split(body_fun, val, perturbed_body, perturbed_val) -> _Body:
 
     avals = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in columns]
     return _Body(forward, invariants, backward, active, avals)
+
+
+def _jaxpr_of(body_fun, val) -> Jaxpr:
+    (body_leaves, val_leaves), restore = _flatten(body_fun, val)
+
+    def body(*leaves):
+        body_fun, val = restore(leaves)
+        return eqx.filter(body_fun(val), eqx.is_array)
+
+    return jax.make_jaxpr(body)(*body_leaves, *val_leaves).jaxpr
+
+
+def _operations(jaxpr: Jaxpr) -> int:
+    parts = [
+        getattr(x, "jaxpr", x)
+        for eqn in jaxpr.eqns
+        for x in jtu.tree_leaves(list(eqn.params.values()))
+    ]
+    inner = (_operations(x) for x in parts if isinstance(x, Jaxpr))
+    return len(jaxpr.eqns) + sum(inner)
 
 
 def _is_in(variables: set, x) -> bool:
