@@ -89,7 +89,7 @@ def diffeqsolve(
     - `ValueError`: if there is no key for a regularizer that draws random numbers; if a
         regularizer measures steps and the step size controller does not adapt them; if
         the controller adapts and the solver estimates no error; if the adjoint or a
-        `solver_state` does not go with a regularizer; if `dt0` leads away from `t1`.
+        `solver_state` does not go with a regularizer.
     - `TypeError`: if `regularizer` is not a regularizer, or does not work with this
         kind of solver or terms.
     - Whatever `diffrax.diffeqsolve` raises.

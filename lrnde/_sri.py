@@ -231,7 +231,9 @@ def _sign(diffusion):
 def _diagonal(solver, vf, w: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
     """The diffusion as a tree like the state."""
     operator = isinstance(vf, lx.DiagonalLinearOperator)
-    g = vf.diagonal if operator else jtu.tree_map(jnp.asarray, vf)
+    g = vf.diagonal if operator else vf
+    if isinstance(g, int | float):
+        g = jnp.asarray(g, jnp.result_type(*jtu.tree_leaves(y)))
     like_the_noise = _shapes(g) == _shapes(w) if operator else _is_number(w)
     if like_the_noise and _shapes(g) == _shapes(y):
         return g

@@ -619,15 +619,15 @@ def fit(
     state = State(model, optimizer.init(params), budget=budget)
     if checkpoint is not None and checkpoint.exists():
         state = load_checkpoint(checkpoint, state, identity)
+    resumed_at = state.step
+    together = any(not s.is_fully_addressable for s in jax.tree.leaves(sharding))
+    if together and len(set(_of_all_processes(state.step).tolist())) > 1:
+        raise TrainingError(f"the processes do not see the same {checkpoint}.")
     if state.step > steps:
         raise TrainingError(
             f"{checkpoint} has {state.step} training steps behind it, more than steps="
             f"{steps}. Ask for as many at least. {_remedy(checkpoint)}"
         )
-    resumed_at = state.step
-    together = any(not s.is_fully_addressable for s in jax.tree.leaves(sharding))
-    if together and len(set(_of_all_processes(state.step).tolist())) > 1:
-        raise TrainingError(f"the processes do not see the same {checkpoint}.")
     if train_step is None:
         train_step = make_step(objective, optimizer, regularizer)
     compiled = set()

@@ -336,15 +336,19 @@ def test_a_tree_of_states_is_its_concatenation(float64):
     assert one.stats["num_steps"] == two.stats["num_steps"]
 
 
-def test_a_constant_diffusion_may_be_a_plain_number():
-    def end(g):
+def test_a_constant_diffusion_may_be_a_plain_number(float64):
+    one, end = jnp.ones((), jnp.float32), jnp.float32(1)  # narrower than the number
+    noise = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def solved(g):
+        path = lrnde.BrownianPath(noise, jr.key(0))
         terms = diffrax.MultiTerm(
             diffrax.ODETerm(lambda t, y, args: -y),
-            diffrax.ControlTerm(lambda t, y, args: g, Wave(jnp.array(0.5))),
+            diffrax.ControlTerm(lambda t, y, args: g, path),
         )
-        return solve(terms, jnp.array(1.0))[0].ys[0]
+        return lrnde.diffeqsolve(terms, SOLVERS[0], 0.0, end, 0.1, one)[0].ys[0]
 
-    assert end(0.3) == end(jnp.array(0.3))
+    assert solved(0.3) == solved(jnp.array(0.3, jnp.float32))
 
 
 def test_one_brownian_motion_for_all_components(float64):

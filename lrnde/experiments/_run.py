@@ -158,7 +158,7 @@ class Config(abc.ABC):
                     f"{setting.name}={value!r} must be a number. (YAML takes 1e-3 for "
                     "a text; write 1.0e-3.)"
                 )
-        if self.tolerance <= 0:
+        if not self.tolerance > 0:
             raise ValueError(f"tolerance={self.tolerance} must be positive.")
         for spec in (self.learning_rate, self.weight):
             schedule(spec, self.steps)  # tells what is wrong with it
@@ -503,7 +503,8 @@ def _time_train_steps(configs, states, dataset, repeats) -> dict[str, float]:
     keys = itertools.count()
 
     def next_step(config):
-        state, key = states[config.name], jr.key(next(keys) // len(configs))
+        state, seed = states[config.name], next(keys) // len(configs)
+        key = jr.key(seed, impl=GENERATOR)
         weight = schedule(config.weight, config.steps)(state.step)
         numbers = key, jnp.asarray(state.step), jnp.asarray(weight, float)
         while True:
