@@ -1,9 +1,13 @@
-"""Differential equations that several test files solve."""
+"""Differential equations and models that several test files solve."""
+
+from functools import cache
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 
 TOLERANCE = 1e-5
 CONTROLLER = diffrax.PIDController(rtol=TOLERANCE, atol=TOLERANCE)
@@ -33,6 +37,23 @@ SPLIT = diffrax.MultiTerm(
     diffrax.ODETerm(lambda t, y, a: jnp.cos(8 * t) * jnp.ones_like(y)),
     diffrax.ODETerm(lambda t, y, a: jnp.tanh(a @ y) * 3 - y),
 )
+
+
+@cache
+def _shapes(make, *args, **kwargs):
+    model = eqx.filter_eval_shape(make, *args, **kwargs, key=jr.key(0))
+    return eqx.partition(model, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+
+
+def random_parameters(make, *args, **kwargs):
+    """What would be made, but for its parameters, of which each is random.
+
+    They are drawn by NumPy: XLA would compile the draw anew for every shape.
+    """
+    params, static = _shapes(make, *args, **kwargs)
+    numbers = np.random.default_rng(0).standard_normal
+    drawn = lambda a: jnp.asarray(numbers(a.shape) / 2, float)  # noqa: E731
+    return eqx.combine(jax.tree.map(drawn, params), static)
 
 
 class Counter:

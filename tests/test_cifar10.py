@@ -23,8 +23,10 @@ from lrnde.data import (
     DataError,
     Dataset,
     standardised,
+    training_subset,
     validation_split,
 )
+from lrnde.experiments import CIFAR10
 
 REAL_DATA = os.environ.get("LRNDE_DATA")
 TAR = "cifar-10-binary.tar.gz"
@@ -526,3 +528,45 @@ def test_constant_channel_is_only_shifted(value):
     assert np.all(normal.x_train[:, 1::2] == 0)
     shifted = test[..., 1].reshape(4, -1) - np.float32(value)
     np.testing.assert_array_equal(normal.x_test[:, 1::2], shifted)
+
+
+# What the experiments make of a data set
+
+
+def test_an_experiment_standardises_the_small_images_of_its_subset():
+    config, digits = CIFAR10(validation=200, train_size=100, averaging=2), data.digits()
+    dataset = config.load_data()
+    assert dataset.name == "digits-validation-100-4x4"
+    assert dataset.image_shape == (4, 4)
+    chosen = training_subset(validation_split(digits, 200, 0), 100, 0)
+    train, test = (
+        x.reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(-1, 16)
+        for x in (chosen.x_train, chosen.x_test)
+    )
+    for found, x in (dataset.x_train, train), (dataset.x_test, test):
+        expected = (x - train.mean()) / train.std()
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    for other in dataset, replace(config, seed=1).load_data():
+        np.testing.assert_array_equal(other.x_train, dataset.x_train)
+        np.testing.assert_array_equal(other.y_train, chosen.y_train)
+        np.testing.assert_array_equal(other.y_test, chosen.y_test)
+
+
+def test_an_experiment_reports_on_the_whole_test_set_by_default():
+    dataset, digits = CIFAR10().load_data(), data.digits()
+    assert dataset.name == "digits" and len(dataset.x_train) == 1437
+    np.testing.assert_array_equal(dataset.y_test, digits.y_test)
+
+
+@pytest.mark.parametrize("size", [-1, 1437])
+@pytest.mark.parametrize("name", ["validation", "train_size"])
+def test_an_experiment_refuses_parts_that_cannot_be(name, size):
+    with pytest.raises(ValueError, match=f"from 1 to 1436, not {size}"):
+        CIFAR10(**{name: size}).load_data()
+
+
+def test_an_experiment_refuses_blocks_that_cannot_be():
+    with pytest.raises(ValueError, match="averaging=0: must be a whole number"):
+        CIFAR10(averaging=0)
+    with pytest.raises(ValueError, match="factor must divide the 8 rows .* got 3"):
+        CIFAR10(averaging=3).load_data()
