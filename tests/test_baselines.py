@@ -1,5 +1,6 @@
 """Global, Taylor, kinetic and STEER regularizers, each against something else."""
 
+import inspect
 from functools import partial
 
 import diffrax
@@ -15,7 +16,8 @@ from problems import CONTROLLER, forced, matrix, problem, SPLIT, TERM, Y0
 from test_regularizers import errors_and_lengths, saved_steps, type_name
 
 import lrnde
-from lrnde._plan import _check_key
+from lrnde._plan import _check_key, _pairs
+from lrnde._random import draw
 
 named = pytest.mark.parametrize
 STEP_BY_STEP = [
@@ -34,6 +36,14 @@ def penalty_of(a, regularizer, solver=None, key=None, **kwargs):
 
 def close(x, y, rtol=1e-6):
     np.testing.assert_allclose(x, y, rtol=rtol)
+
+
+def each(penalty, *regularizers):
+    """The penalty with each of them alone; only the weights change, which are data."""
+    return [
+        penalty(list(zip(weights, regularizers, strict=True)))
+        for weights in jnp.eye(len(regularizers))
+    ]
 
 
 class Held(diffrax.AbstractAdaptiveStepSizeController):
@@ -72,9 +82,9 @@ def test_global_error_is_the_sum_over_saved_steps(solver, adjoint, float64):
         "mean": np.mean(errors * lengths),
         "squared": np.sum(errors**2 * lengths),
     }
-    for form, value in expected.items():
-        found = penalty_of(None, lrnde.GlobalError(form), solver, adjoint=adjoint)
-        close(found, value)
+    penalty = partial(penalty_of, None, solver=solver, adjoint=adjoint)
+    found = each(penalty, *map(lrnde.GlobalError, expected))
+    close(found, list(expected.values()))
 
 
 def stiffness_of_step(a, t0, t1, y0):
@@ -92,55 +102,63 @@ def stiffness_of_step(a, t0, t1, y0):
 def test_global_stiffness_is_the_sum_over_saved_steps(float64):
     steps = zip(*saved_steps(lrnde.Tsit5(), matrix(), Y0), strict=True)
     values = np.array([stiffness_of_step(matrix(), *step) for step in steps])
-    close(penalty_of(None, lrnde.GlobalStiffness()), values.sum(), 1e-5)
-    close(penalty_of(None, lrnde.GlobalStiffness("max")), values.max(), 1e-5)
+    forms = lrnde.GlobalStiffness(), lrnde.GlobalStiffness("max")
+    found = each(partial(penalty_of, None), *forms)
+    close(found, [values.sum(), values.max()], 1e-5)
 
 
-@named(
-    "regularizer",
-    [lrnde.GlobalError("squared"), lrnde.GlobalStiffness()],
-    ids=type_name,
-)
-def test_global_gradients_go_through_the_whole_solve(regularizer, float64, getkey):
+def test_global_gradients_go_through_the_whole_solve(float64, getkey):
     """Finite differences of a solve whose steps are held at fixed lengths."""
     ts, ends, _ = saved_steps(lrnde.Tsit5(), matrix(), Y0)
     controller = Held(diffrax.StepTo(jnp.append(ts, ends[-1])))
+    directions = draw(jr.normal, getkey(), (2, 3, 3))
 
-    def held(a):
-        return penalty_of(a, regularizer, stepsize_controller=controller)
+    def penalty(a, weights, **kwargs):
+        regularizers = lrnde.GlobalError("squared"), lrnde.GlobalStiffness()
+        return penalty_of(a, list(zip(weights, regularizers, strict=True)), **kwargs)
 
-    value, gradient = jax.value_and_grad(held)(matrix())
-    for adjoint in (diffrax.RecursiveCheckpointAdjoint(), lrnde.TapeAdjoint()):
-        free = jax.value_and_grad(penalty_of)(matrix(), regularizer, adjoint=adjoint)
-        close(free[0], value)
-        np.testing.assert_allclose(free[1], gradient, atol=1e-7 * abs(gradient).max())
-    forward = jax.jacfwd(penalty_of)(
-        matrix(), regularizer, adjoint=diffrax.ForwardMode()
-    )
-    np.testing.assert_allclose(forward, gradient, atol=1e-7 * abs(gradient).max())
-    held = jax.jit(held)
-    for direction in jr.normal(getkey(), (2, 3, 3)):
-        eps = 1e-5
-        difference = held(matrix() + eps * direction) - held(matrix() - eps * direction)
-        exact = jnp.vdot(gradient, direction)
-        assert abs(difference / (2 * eps) - exact) < 1e-5 * jnp.linalg.norm(gradient)
+    def with_gradient(**kwargs):
+        return jax.jit(jax.value_and_grad(partial(penalty, **kwargs)))
+
+    held = with_gradient(stepsize_controller=controller)
+    free = [
+        with_gradient(adjoint=adjoint)
+        for adjoint in (diffrax.RecursiveCheckpointAdjoint(), lrnde.TapeAdjoint())
+    ]
+    forward = jax.jit(jax.jacfwd(partial(penalty, adjoint=diffrax.ForwardMode())))
+    for weights in jnp.eye(2):
+        value, gradient = held(matrix(), weights)
+        tolerance = 1e-7 * abs(gradient).max()
+        for function in free:
+            found = function(matrix(), weights)
+            close(found[0], value)
+            np.testing.assert_allclose(found[1], gradient, atol=tolerance)
+        found = forward(matrix(), weights)
+        np.testing.assert_allclose(found, gradient, atol=tolerance)
+        for direction in directions:
+            shift = 1e-5 * direction
+            after, before = (held(matrix() + x, weights)[0] for x in (shift, -shift))
+            error = (after - before) / 2e-5 - jnp.vdot(gradient, direction)
+            assert abs(error) < 1e-5 * jnp.linalg.norm(gradient)
 
 
 def test_global_error_is_the_mean_of_unbiased_local_errors(float64, getkey):
     """Over many samples, each a step of that very solve."""
-    kwargs = dict(solver=lrnde.Bosh3(), stepsize_controller=LOOSE)
-    penalty = partial(penalty_of, None, **kwargs)
+    keys = jr.split(getkey(), 300)
 
-    def deviation_from(mean, regularizer):
-        found = jax.vmap(lambda key: penalty(regularizer, key=key))(keys)
-        assert abs(found.mean() - mean) < 3 * found.std(ddof=1) / len(keys) ** 0.5
-        return found.std(ddof=1)
+    @jax.vmap
+    def penalties(key):
+        kwargs = dict(solver=lrnde.Bosh3(), stepsize_controller=LOOSE, key=key)
+        local = partial(lrnde.LocalError, "unbiased")
+        regularizers = lrnde.GlobalError(), local(), local(samples=16)
+        return each(partial(penalty_of, None, **kwargs), *regularizers)
 
-    keys, exact = jr.split(getkey(), 300), penalty(lrnde.GlobalError())
-    one = deviation_from(exact, lrnde.LocalError("unbiased"))
-    sixteen = deviation_from(exact, lrnde.LocalError("unbiased", samples=16))
+    exact, one, sixteen = penalties(keys)
+    close(exact, exact[0])
+    for found in (one, sixteen):
+        assert abs(found.mean() - exact[0]) < 3 * found.std(ddof=1) / len(keys) ** 0.5
     # The mean of sixteen samples has a quarter of the deviation of one.
-    assert 3 < one / sixteen < 5
+    assert 3 < one.std() / sixteen.std() < 5
 
 
 def noisy(path):
@@ -172,8 +190,11 @@ def test_global_error_of_a_stochastic_equation(float64):
         0.0, 1.0, 1e-6, (3,), jr.key(1), diffrax.SpaceTimeLevyArea
     )
     terms, solver = noisy(tree), lrnde.SOSRI()
-    sol = noisy_solve(
-        diffrax.diffeqsolve, tree, saveat=diffrax.SaveAt(t0=True, steps=True)
+    sol, found = noisy_solve(
+        lrnde.diffeqsolve,
+        tree,
+        regularizer=lrnde.GlobalError(),
+        saveat=diffrax.SaveAt(t0=True, steps=True),
     )
     n = int(sol.stats["num_accepted_steps"])
     controller = diffrax.PIDController(rtol=1e-2, atol=1e-2)
@@ -184,7 +205,6 @@ def test_global_error_of_a_stochastic_equation(float64):
         return lrnde.scaled_error(controller, y0, y1, error) * (t1 - t0)
 
     expected = jax.vmap(term_of_sum)(sol.ts[:n], sol.ts[1 : n + 1], sol.ys[:n])
-    _, found = noisy_solve(lrnde.diffeqsolve, tree, regularizer=lrnde.GlobalError())
     assert n > 3
     close(found, expected.sum())
 
@@ -340,33 +360,37 @@ def along_the_solution(a, integrand, points=4001):
         stepsize_controller=diffrax.PIDController(rtol=1e-10, atol=1e-10),
         saveat=diffrax.SaveAt(ts=ts),
     )
-    values = jax.vmap(integrand)(ts, sol.ys)
+    values = jax.jit(jax.vmap(integrand))(ts, sol.ys)
     weights = jnp.ones(points).at[1:-1:2].set(4).at[2:-1:2].set(2)
-    return jnp.sum(weights * values) * (ts[1] - ts[0]) / 3
+    return weights @ values * (ts[1] - ts[0]) / 3
 
 
-@named("order", [1, 2, 3])
-def test_the_taylor_penalty_is_the_integral_along_the_solution(order, float64):
-    derivative = nested_derivative(lambda t, y: forced(t, y, matrix()), order)
-    expected = along_the_solution(
-        matrix(), lambda t, y: jnp.mean(derivative(t, y) ** 2)
-    )
-    close(penalty_of(None, lrnde.Taylor(order)), expected, 1e-4)
+def test_the_taylor_penalty_is_the_integral_along_the_solution(float64):
+    orders = 1, 2, 3
+
+    def integrand(t, y):
+        field = partial(forced, a=matrix())
+        derivatives = [nested_derivative(field, order)(t, y) for order in orders]
+        return jnp.mean(jnp.stack(derivatives) ** 2, axis=1)
+
+    expected = along_the_solution(matrix(), integrand)
+    found = each(partial(penalty_of, None), *map(lrnde.Taylor, orders))
+    close(found, expected, 1e-4)
 
 
-@named("jacobian", [0.0, 2.0])
+@named(("energy", "jacobian"), [(3.0, 0.0), (0.5, 2.0)])
 def test_the_kinetic_penalty_is_the_integral_along_the_solution(
-    jacobian, float64, getkey
+    energy, jacobian, float64, getkey
 ):
     """Its mean over keys; the Jacobian's part with the exact Frobenius norm."""
 
     def integrand(t, y):
         f = forced(t, y, matrix())
         j = jax.jacfwd(lambda y: forced(t, y, matrix()))(y)
-        return jnp.mean(f**2) + jacobian * jnp.sum(j**2) / 3
+        return energy * jnp.mean(f**2) + jacobian * jnp.sum(j**2) / 3
 
     expected = along_the_solution(matrix(), integrand)
-    regularizer = lrnde.Kinetic(jacobian=jacobian)
+    regularizer = lrnde.Kinetic(energy, jacobian)
     penalty = jax.vmap(lambda key: penalty_of(None, regularizer, key=key))
     found = np.asarray(penalty(jr.split(getkey(), 200)))
     standard_error = found.std(ddof=1) / 200**0.5
@@ -387,8 +411,11 @@ def test_integrals_leave_the_solve_alone(float64, getkey):
     everything = dict(dense=True, solver_state=True, controller_state=True)
     clipped = diffrax.ClipStepSizeController(CONTROLLER)
     for kwargs in (
-        dict(saveat=diffrax.SaveAt(steps=True), stepsize_controller=CONTROLLER),
-        dict(event=condition, stepsize_controller=CONTROLLER),
+        dict(
+            saveat=diffrax.SaveAt(t1=True, steps=True),
+            stepsize_controller=CONTROLLER,
+            event=condition,
+        ),
         dict(
             saveat=diffrax.SaveAt(subs=subs, **everything), stepsize_controller=clipped
         ),
@@ -408,15 +435,42 @@ def test_integrals_agree_under_different_adjoints(float64, getkey):
 
     def gradient(adjoint):
         kwargs = dict(key=key, stepsize_controller=tight, max_steps=1024)
-        return jax.grad(penalty_of)(
-            matrix(), INTEGRALS, lrnde.Bosh3(), adjoint=adjoint, **kwargs
+        penalty = partial(
+            penalty_of,
+            regularizer=INTEGRALS,
+            solver=lrnde.Bosh3(),
+            adjoint=adjoint,
+            **kwargs,
         )
+        return jax.jit(jax.grad(penalty))(matrix())
 
     first = gradient(diffrax.RecursiveCheckpointAdjoint())
     tape = gradient(lrnde.TapeAdjoint())
     np.testing.assert_allclose(tape, first, atol=1e-8 * abs(first).max())
     backsolve = gradient(diffrax.BacksolveAdjoint())
     np.testing.assert_allclose(backsolve, first, atol=1e-4 * abs(first).max())
+
+
+@named(
+    ("adjoint", "end"),
+    [(diffrax.BacksolveAdjoint(), 1.0), (diffrax.RecursiveCheckpointAdjoint(), 2.0)],
+    ids=["saved", "solve"],
+)
+def test_an_integral_ends_with_the_solve_or_what_is_saved_of_it(adjoint, end):
+    """The energy of y' = 1 is the time that it is integrated over."""
+    _, penalty = lrnde.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: jnp.ones_like(y)),
+        lrnde.Bosh3(),
+        0.0,
+        2.0,
+        0.1,
+        Y0,
+        regularizer=lrnde.Kinetic(jacobian=0.0),
+        key=jr.key(0),
+        saveat=diffrax.SaveAt(ts=jnp.array([0.5, 1.0])),
+        adjoint=adjoint,
+    )
+    close(penalty, end, 1e-5)
 
 
 @named("regularizer", [lrnde.GlobalError(), INTEGRALS], ids=["sums", "integrals"])
@@ -590,10 +644,11 @@ def test_local_regularizers_draw_steps_of_their_own(float64, getkey):
     assert 0.5 < first.mean() / second.mean() < 2
 
 
-@named("regularizer", [3, [lrnde.LocalError], (lrnde.LocalError(), 1.0)])
-def test_what_is_not_a_regularizer_is_named(regularizer, getkey):
-    with pytest.raises(TypeError, match="regularizer"):
-        penalty_of(None, regularizer, key=getkey())
+@named("regularizer", [3, "biased", [lrnde.LocalError], (lrnde.LocalError(), 1.0)])
+def test_what_is_not_a_regularizer_is_named(regularizer):
+    pairs = inspect.unwrap(_pairs)  # the tests' type checker would come before it
+    with pytest.raises(TypeError, match="is not a regularizer; pass an instance"):
+        pairs(regularizer)
 
 
 @named(
@@ -664,9 +719,12 @@ def test_a_step_that_did_not_work_out_leaves_no_trace():
         )
         return penalty, sol.stats["num_rejected_steps"]
 
-    adjoint = diffrax.RecursiveCheckpointAdjoint()
-    gradient, rejected = jax.grad(penalty, has_aux=True)(1.3, adjoint)
+    def derivative(transform, adjoint):
+        function = partial(penalty, adjoint=adjoint)
+        return jax.jit(transform(function, has_aux=True))(1.3)
+
+    gradient, rejected = derivative(jax.grad, diffrax.RecursiveCheckpointAdjoint())
     assert rejected > 0
-    forward, _ = jax.jacfwd(penalty, has_aux=True)(1.3, diffrax.ForwardMode())
+    forward, _ = derivative(jax.jacfwd, diffrax.ForwardMode())
     assert jnp.isfinite(forward)
     close(gradient, forward, 1e-3)

@@ -1,5 +1,8 @@
 """A Brownian path that is drawn step by step."""
 
+import functools as ft
+import inspect
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import lineax as lx
 import numpy as np
 import pytest
 import scipy.stats
+from jax.flatten_util import ravel_pytree
 
 import lrnde
 
@@ -15,24 +19,34 @@ named = pytest.mark.parametrize
 AREAS = [diffrax.SpaceTimeLevyArea, diffrax.BrownianIncrement]
 
 
-def terms(path):
-    """dy = sin(a y) dt + 0.7 cos(y) dW, the noise diagonal."""
+def terms(path, sign=1):
+    """dy = sin(a y) dt + 0.7 cos(y) dW, the noise diagonal; `sign` is the drift's."""
     return diffrax.MultiTerm(
-        diffrax.ODETerm(lambda t, y, a: jnp.sin(a * y)),
+        diffrax.ODETerm(
+            lambda t, y, a: jax.tree.map(lambda y: sign * jnp.sin(a * y), y)
+        ),
         diffrax.ControlTerm(
-            lambda t, y, a: lx.DiagonalLinearOperator(0.7 * jnp.cos(y)), path
+            lambda t, y, a: lx.DiagonalLinearOperator(
+                jax.tree.map(lambda y: 0.7 * jnp.cos(y), y)
+            ),
+            path,
         ),
     )
 
 
-def solve(path, *, solver=None, a=1.0, t1=1.0, dt0=0.7, tolerance=0.05, **kwargs):
+Y0 = np.linspace(0.2, 1, 4)
+
+
+def solve(
+    path, *, solver=None, a=1.0, t1=1.0, dt0=0.7, y0=Y0, tolerance=0.05, **kwargs
+):
     return lrnde.diffeqsolve(
-        terms(path),
+        path if isinstance(path, diffrax.MultiTerm) else terms(path),
         lrnde.SOSRI() if solver is None else solver,
         0.0,
         t1,
         dt0,
-        jnp.linspace(0.2, 1, 4),
+        jax.tree.map(jnp.asarray, y0),
         a,
         stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
         max_steps=128,
@@ -70,17 +84,26 @@ def test_parts_are_distributed_as_if_drawn_alone(float64):
     np.testing.assert_allclose(scaled, np.eye(4), atol=5 / np.sqrt(n))
 
 
-def test_the_noise_adds_up(float64):
+@named(
+    "y0",
+    [Y0, {"matrix": Y0[1:, None], "number": (Y0[0],)}],
+    ids=["array", "tree"],
+)
+def test_the_noise_adds_up(y0, float64):
     """Over steps that were tried and rejected, the path stays one path."""
+    shape = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape, y.dtype), y0)
     trace = []
 
     class Watched(lrnde.SOSRI):
         def step(self, terms, t0, t1, y0, args, state, made_jump):
             noise = terms.terms[1].contr(t0, t1, use_levy=True)
-            jax.debug.callback(lambda *x: trace.append(x), t0, t1, noise.W, noise.H)
+            parts = [ravel_pytree(x)[0] for x in (noise.W, noise.H)]
+            jax.debug.callback(lambda *x: trace.append(x), t0, t1, *parts)
             return super().step(terms, t0, t1, y0, args, state, made_jump)
 
-    sol, _ = solve(path(), solver=Watched(), tolerance=0.02)
+    drawn = lrnde.BrownianPath(shape, jr.key(0))
+    sol, _ = solve(drawn, solver=Watched(), y0=y0, tolerance=0.02)
+    assert jax.tree.map(lambda y: y[0].shape, sol.ys) == jax.tree.map(np.shape, y0)
     jax.effects_barrier()
     assert sol.stats["num_rejected_steps"] >= 3
     trace = [tuple(np.asarray(x) for x in step) for step in trace]
@@ -104,7 +127,7 @@ def test_the_noise_adds_up(float64):
 
 
 def test_adjoints_agree(float64):
-    def loss(a, adjoint):
+    def loss(adjoint, a):
         sol, penalty = solve(
             path(),
             a=a,
@@ -115,7 +138,7 @@ def test_adjoints_agree(float64):
         return jnp.sum(sol.ys[0]) + penalty
 
     found = [
-        jax.value_and_grad(loss)(1.0, adjoint)
+        jax.jit(jax.value_and_grad(ft.partial(loss, adjoint)))(1.0)
         for adjoint in (
             lrnde.TapeAdjoint(),
             lrnde.TapeAdjoint(rows=3),
@@ -141,22 +164,61 @@ def test_the_measured_step_has_the_noise_that_it_had(area, float64):
     )
     assert sol.stats["num_steps"] == 1
     noise = drawn.draw(jr.fold_in(drawn.key, 0), jnp.array(1.0))
-    y0 = jnp.linspace(0.2, 1, 4)
     y1, error, *_ = solver.step(
-        terms(drawn.given(noise)), 0.0, 1.0, y0, 1.0, None, False
+        terms(drawn.given(noise)), 0.0, 1.0, jnp.asarray(Y0), 1.0, None, False
     )
     np.testing.assert_allclose(sol.ys[0], y1, rtol=1e-12)
-    scale = 100 + 100 * jnp.maximum(abs(y0), abs(y1))
+    scale = 100 + 100 * jnp.maximum(abs(Y0), abs(y1))
     np.testing.assert_allclose(penalty, jnp.sqrt(jnp.mean((error / scale) ** 2)))
 
 
+class Noise(lrnde.AbstractLocalRegularizer):
+    """The noise of the measured step, in standard deviations."""
+
+    def measure(self, step):
+        noise = step.terms.terms[1].contr(step.t0, step.t1)
+        return noise[0] / jnp.sqrt(step.t1 - step.t0)
+
+
 def test_a_restarted_step_has_new_noise(float64):
-    """The mean over keys of the penalty is finite and varies with the key."""
-    regularizer = lrnde.LocalError(step="restarted")
-    penalties = [
-        solve(path(), regularizer=regularizer, key=jr.key(seed))[1] for seed in (1, 2)
-    ]
-    assert np.all(np.isfinite(penalties)) and penalties[0] != penalties[1]
+    """All solves have one path, with few steps; over keys the noise is normal."""
+    regularizers = [make(step="restarted") for make in (Noise, lrnde.LocalError)]
+
+    @jax.jit
+    @ft.partial(jax.vmap, in_axes=(0, None))
+    def penalties(key, weights):
+        pairs = list(zip(weights, regularizers, strict=True))
+        return solve(path(), regularizer=pairs, key=key)[1]
+
+    keys = jr.split(jr.key(1), 2000)
+    noise, errors = (penalties(keys, weights) for weights in jnp.eye(2))
+    assert scipy.stats.kstest(noise, "norm").pvalue > 0.01
+    assert np.all(np.isfinite(errors)) and len(np.unique(errors)) == len(keys)
+
+
+class Turned(diffrax.AbstractBrownianPath):
+    """Another path with its signs turned around."""
+
+    path: lrnde.BrownianPath
+    levy_area: type = diffrax.SpaceTimeLevyArea
+    t0 = -jnp.inf
+    t1 = jnp.inf
+
+    def evaluate(self, t0, t1=None, left=True, use_levy=False):
+        found = self.path.evaluate(t0, t1, left, use_levy=True)
+        w, area = jax.tree.map(jnp.negative, (found.W, found.H))
+        return diffrax.SpaceTimeLevyArea(found.dt, w, area) if use_levy else w
+
+
+def test_backwards_in_time(float64):
+    """The steps of the mirrored problem, whose path is turned around."""
+    kwargs = dict(regularizer=lrnde.LocalError(), key=jr.key(3), tolerance=0.02)
+    backward, found = solve(path(), t1=-1.0, dt0=-0.7, **kwargs)
+    forward, expected = solve(terms(Turned(path()), sign=-1), **kwargs)
+    assert backward.stats["num_rejected_steps"] > 2
+    assert backward.stats["num_steps"] == forward.stats["num_steps"]
+    np.testing.assert_allclose(backward.ys, forward.ys, rtol=1e-10)
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
 
 
 def test_a_regularizer_changes_nothing_of_the_solve(float64):
@@ -176,10 +238,10 @@ def test_a_solve_of_no_length_in_a_batch_has_no_error(make, float64):
         )
         return jnp.sum(sol.ys) + penalty
 
-    batched = jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0))
+    batched = jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0)))
     values, gradients = batched(1.0, jnp.array([1.0, 0.0]))
     assert jnp.all(jnp.isfinite(jnp.stack([values, gradients])))
-    np.testing.assert_allclose(values[1], jnp.linspace(0.2, 1, 4).sum())
+    np.testing.assert_allclose(values[1], Y0.sum())
     assert gradients[1] == 0 != gradients[0]
 
 
@@ -219,6 +281,28 @@ def test_it_is_for_this_package_alone():
         lrnde.diffeqsolve(both, diffrax.Heun(), 0.0, 1.0, 0.1, jnp.ones(4), 1.0)
 
 
+def test_the_leaves_of_a_tree_are_drawn_independently(float64):
+    n = 10_000
+    leaf = jax.ShapeDtypeStruct((n,), jnp.float64)
+    drawn = lrnde.BrownianPath({"a": leaf, "b": (leaf,)}, jr.key(0))
+    noise = drawn.draw(jr.key(1), jnp.array(1.0))
+    assert jax.tree.structure(noise.w) == jax.tree.structure(drawn.shape)
+    correlations = np.corrcoef(jax.tree.leaves(noise))
+    np.testing.assert_allclose(correlations, np.eye(4), atol=4 / n**0.5)
+
+
+@named("shape", [(2.5,), [3], "3"], ids=repr)
+def test_a_shape_is_of_an_array_or_of_a_tree_of_them(shape):
+    make = inspect.unwrap(lrnde.BrownianPath.__init__)  # before the type checker
+    with pytest.raises(TypeError, match="must be a tuple of whole numbers"):
+        make(None, shape, jr.key(0))
+
+
+def test_at_least_one_rejected_step_is_remembered():
+    with pytest.raises(ValueError, match="at least one step is remembered"):
+        path(memory=0)
+
+
 @named("dtype", [jnp.float32, jnp.float64])
 def test_increment_and_area_are_independent_normals(dtype, float64):
     """In single precision they come from the two words of one block of Threefry."""
@@ -236,17 +320,7 @@ def test_increment_and_area_are_independent_normals(dtype, float64):
 
 def test_single_precision_noise_with_double_precision_times(float64):
     shape = jax.ShapeDtypeStruct((4,), jnp.float32)
-    y0 = jnp.linspace(0.2, 1, 4, dtype=jnp.float32)
-    sol, _ = lrnde.diffeqsolve(
-        terms(lrnde.BrownianPath(shape, jr.key(0))),
-        lrnde.SOSRI(),
-        0.0,
-        1.0,
-        0.7,
-        y0,
-        1.0,
-        stepsize_controller=diffrax.PIDController(rtol=0.05, atol=0.05),
-    )
+    sol, _ = solve(lrnde.BrownianPath(shape, jr.key(0)), y0=np.float32(Y0))
     assert np.all(np.isfinite(sol.ys)) and sol.stats["num_rejected_steps"] > 0
 
 

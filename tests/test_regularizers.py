@@ -13,6 +13,7 @@ import pytest
 from problems import CONTROLLER, matrix, problem, TERM, Y0
 
 import lrnde
+from lrnde._random import draw
 
 ADJOINTS = [
     diffrax.RecursiveCheckpointAdjoint(),
@@ -129,19 +130,17 @@ def test_every_step_is_drawn_as_often_as_its_weight_says(sampling):
     assert chi2 < freedom + 4 * np.sqrt(2 * freedom)
 
 
+class Start(lrnde.AbstractLocalRegularizer):
+    """The time at which the measured step starts."""
+
+    def measure(self, step):
+        return step.t0
+
+
 def test_a_restarted_step_starts_at_a_uniform_time(float64, getkey):
     """Under "unbiased", Kolmogorov and Smirnov's test against the uniform law."""
-
-    class Start(lrnde.AbstractLocalRegularizer):
-        sampling: str = eqx.field(static=True, default="unbiased")
-        step: str = eqx.field(static=True, default="restarted")
-        samples: int = eqx.field(static=True, default=1)
-
-        def measure(self, step):
-            return step.t0
-
-    keys = jr.split(getkey(), 2000)
-    start = jax.vmap(ft.partial(penalty_of, matrix(), Y0, regularizer=Start()))
+    keys, regularizer = jr.split(getkey(), 2000), Start(step="restarted")
+    start = jax.vmap(ft.partial(penalty_of, matrix(), Y0, regularizer=regularizer))
     # The measure comes back times the length of the interval, 2: divide by its square.
     uniform = np.sort(start(keys)) / 4
     grid = (np.arange(2000) + 0.5) / 2000
@@ -154,6 +153,7 @@ def test_a_restarted_step_is_the_step_of_a_new_solve(float64, getkey):
     penalties = [penalty_of(matrix(), Y0, getkey(), regularizer) for _ in range(5)]
     t0, _, ys = saved_steps(lrnde.Tsit5(), matrix(), Y0)
 
+    @jax.jit
     def fresh(t, y):
         order = lrnde.Tsit5().error_order(TERM)
         func = lrnde.Tsit5().func
@@ -165,44 +165,55 @@ def test_a_restarted_step_is_the_step_of_a_new_solve(float64, getkey):
         assert np.abs(possible / penalty - 1).min() < 1e-6
 
 
-@named("step", ["taken", "restarted"])
-@named("regularizer", [lrnde.LocalError, lrnde.LocalStiffness])
-def test_gradient_against_finite_differences(regularizer, step, float64, getkey):
+def test_gradient_against_finite_differences(float64, getkey):
     """Central differences of the one step, where it starts and ends held fixed."""
-    regularizer = regularizer("error", step)  # hardly ever draws the tiny first step
-    a, key = matrix(), getkey()
+    key, held, kinds = getkey(), {}, (lrnde.LocalError, lrnde.LocalStiffness)
 
-    held = []
+    def watched(kind, taken):
+        class Watched(kind):
+            def measure(self, step):
+                def hold(*where):
+                    held[kind, taken] = where
 
-    class Where(lrnde.LocalError):
-        def measure(self, step):
-            jax.debug.callback(lambda *x: held.append(x), step.t0, step.t1, step.y0)
-            return step.t0
+                jax.debug.callback(hold, step.t0, step.t1, step.y0)
+                return super().measure(step)
 
-    penalty_of(a, Y0, key, Where("error", step))
-    jax.effects_barrier()
-    [(t0, t1, y0)] = held
+        return Watched("error", taken)  # hardly ever draws the tiny first step
+
+    cases = [(kind, taken) for kind in kinds for taken in ("taken", "restarted")]
+    regularizers = [watched(*case) for case in cases]
 
     @jax.jit
-    def of_step(a):
+    @jax.value_and_grad
+    def penalty(a, weights):
+        pairs = list(zip(weights, regularizers, strict=True))
+        return penalty_of(a, Y0, key, pairs)
+
+    @ft.partial(jax.jit, static_argnums=0)
+    def of_step(kind, a, t0, t1, y0):
         solver = lrnde.Tsit5()
         state = solver.init(TERM, t0, t1, y0, a)
         y1, error, dense, *_ = solver.step(TERM, t0, t1, y0, a, state, False)
         taken = lrnde.TakenStep(
             TERM, solver, CONTROLLER, a, t0, t1, y0, y1, error, dense
         )
-        return 2.0 * regularizer.measure(taken)
+        return 2.0 * kind().measure(taken)
 
-    value, gradient = jax.value_and_grad(penalty_of)(a, Y0, key, regularizer)
-    np.testing.assert_allclose(value, of_step(a), rtol=1e-7)
-    eps = 2e-3
-    for direction in jr.normal(getkey(), (3, 3, 3)):
-        shifts = (-2, -1, 1, 2)
-        values = [of_step(a + shift * eps * direction) for shift in shifts]
-        # Central differences of order four: rounding asks for a large `eps`.
-        difference = jnp.dot(jnp.array([1, -8, 8, -1]), jnp.stack(values)) / (12 * eps)
-        exact = jnp.vdot(gradient, direction)
-        assert abs(difference - exact) < 1e-5 * jnp.linalg.norm(gradient)
+    a, eps, shifts = matrix(), 2e-3, (-2, -1, 1, 2)
+    directions = draw(jr.normal, getkey(), (3, 3, 3))
+    for case, weights in zip(cases, jnp.eye(len(cases)), strict=True):
+        value, gradient = penalty(a, weights)
+        jax.effects_barrier()
+        kind, where = case[0], held[case]
+        np.testing.assert_allclose(value, of_step(kind, a, *where), rtol=1e-7)
+        for direction in directions:
+            values = [
+                of_step(kind, a + shift * eps * direction, *where) for shift in shifts
+            ]
+            # Central differences of order four: rounding asks for a large `eps`.
+            difference = jnp.array([1, -8, 8, -1]) @ jnp.stack(values) / (12 * eps)
+            exact = jnp.vdot(gradient, direction)
+            assert abs(difference - exact) < 1e-5 * jnp.linalg.norm(gradient)
 
 
 # Compilation takes long: one solver meets every adjoint, the others some.
@@ -277,7 +288,9 @@ def test_the_gradient_is_that_of_the_logarithm_of_the_number_of_steps(
 def test_the_solve_itself_keeps_its_gradient(float64, getkey):
     """Adding a regularizer does not change the gradient of what was there before."""
 
-    def loss(a, regularizer):
+    @ft.partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def gradient(a, regularizer):
         sol, _ = lrnde.diffeqsolve(
             *problem(lrnde.Tsit5(), a=a),
             regularizer=regularizer,
@@ -286,8 +299,8 @@ def test_the_solve_itself_keeps_its_gradient(float64, getkey):
         )
         return jnp.sum(sol.ys**2)
 
-    plain = jax.grad(loss)(matrix(), None)
-    regularized = jax.grad(loss)(matrix(), lrnde.LocalError())
+    plain = gradient(matrix(), None)
+    regularized = gradient(matrix(), lrnde.LocalError())
     np.testing.assert_allclose(regularized, plain, rtol=1e-10)
 
 
@@ -369,18 +382,18 @@ def test_stiffness_of_a_field_at_rest_is_zero(getkey):
             stepsize_controller=CONTROLLER,
         )[1]
 
-    value, gradient = jax.value_and_grad(penalty)(1.0)
+    value, gradient = jax.jit(jax.value_and_grad(penalty))(1.0)
     assert value == 0 and gradient == 0
 
 
-@named("regularizer", [lrnde.LocalStiffness(), lrnde.GlobalStiffness()])
-def test_stiffness_in_a_batch_has_the_gradient_of_each(regularizer):
+def test_stiffness_in_a_batch_has_the_gradient_of_each():
     """With a norm that is not smooth; the first of the two arrives much sooner."""
     controller = diffrax.PIDController(
         rtol=1e-3, atol=1e-3, norm=lambda y: jnp.max(jnp.abs(y))
     )
 
-    def penalty(rate):
+    def penalty(rate, weights):
+        regularizers = lrnde.LocalStiffness(), lrnde.GlobalStiffness()
         return lrnde.diffeqsolve(
             diffrax.ODETerm(lambda t, y, rate: jnp.sin(rate * t) * y),
             lrnde.Tsit5(),
@@ -389,15 +402,17 @@ def test_stiffness_in_a_batch_has_the_gradient_of_each(regularizer):
             None,
             jnp.ones(2),
             rate,
-            regularizer=regularizer,
+            regularizer=list(zip(weights, regularizers, strict=True)),
             key=jr.key(0),
             stepsize_controller=controller,
         )[1]
 
     rates = jnp.array([0.5, 20.0])
-    gradient = jax.grad(penalty)
-    alone = [gradient(rate) for rate in rates]
-    np.testing.assert_allclose(jax.vmap(gradient)(rates), alone, rtol=1e-4)
+    gradient = jax.jit(jax.grad(penalty))
+    batched = jax.jit(jax.vmap(jax.grad(penalty), in_axes=(0, None)))
+    for weights in jnp.eye(2):
+        alone = [gradient(rate, weights) for rate in rates]
+        np.testing.assert_allclose(batched(rates, weights), alone, rtol=1e-4)
 
 
 @named("solver", [diffrax.Kvaerno3, diffrax.Euler])

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from problems import CONTROLLER, Counter, problem, SPLIT, TERM, Y0
+from problems import CONTROLLER, Counter, problem, SPLIT, TERM, TOLERANCE, Y0
+from test_explicit import Heun
+from test_regularizers import Start
 
 import lrnde
 
 SOLVERS = [
     lrnde.Tsit5(),
     lrnde.Dopri8(),
+    Heun(),
     diffrax.Tsit5(),
     diffrax.Bosh3(),
     diffrax.Heun(),
@@ -64,8 +67,16 @@ def test_nfe_counts_the_stages_after_a_jump(solver):
     assert sol.stats["nfe"] == counter.total()
 
 
+CONSTANT = [
+    lrnde.Tsit5(),
+    diffrax.Tsit5(),
+    diffrax.Euler(),
+    diffrax.LeapfrogMidpoint(),
+]
+
+
 @named("made_jump", [None, True])
-@named("solver", [lrnde.Tsit5(), diffrax.Tsit5(), diffrax.Euler()], ids=solver_id)
+@named("solver", CONSTANT, ids=solver_id)
 def test_nfe_of_constant_steps(solver, made_jump):
     counter = Counter(TERM.vector_field)
     _, _, t0, t1, _, y0, a = problem(solver)
@@ -80,6 +91,19 @@ def test_nfe_of_a_solve_of_no_length(solver):
     _, _, t0, _, _, y0, a = problem(solver)
     sol, _ = lrnde.diffeqsolve(diffrax.ODETerm(counter), solver, t0, t0, 0.1, y0, a)
     assert sol.stats["nfe"] == counter.total()
+
+
+def test_nfe_leaves_out_what_an_event_evaluates():
+    counter = Counter(TERM.vector_field)
+    speed = Counter(lambda t, y, given: jnp.abs(given[0].vf(t, y, given[1])).max())
+    event = diffrax.Event(
+        lambda t, y, args, *, terms, **kwargs: speed(t, y, (terms, args)) < 1.0
+    )
+    _, solver, t0, t1, dt0, y0, a = problem(lrnde.Tsit5())
+    args = (diffrax.ODETerm(counter), solver, t0, t1, dt0, y0, a)
+    sol, _ = lrnde.diffeqsolve(*args, event=event, stepsize_controller=CONTROLLER)
+    assert 5 < sol.stats["num_steps"] <= speed.total()
+    assert sol.stats["nfe"] == counter.total() - speed.total()
 
 
 def test_nfe_does_not_include_the_measured_step(getkey):
@@ -129,21 +153,21 @@ def test_the_solve_is_that_of_diffrax(solver, regularizer, getkey):
 def test_rounded_products_on_a_gpu_are_warned_of(
     regularizer, precision, getkey, monkeypatch
 ):
-    def solve():
-        lrnde.diffeqsolve(
+    def penalty():
+        return lrnde.diffeqsolve(
             *problem(lrnde.Tsit5(), t1=0.1),
             regularizer=regularizer,
             key=getkey(),
             stepsize_controller=CONTROLLER,
-        )
+        )[1]
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with jax.default_matmul_precision(precision):
         if regularizer is None or precision:
-            solve()  # a warning would be an error
+            jax.eval_shape(penalty)  # a warning would be an error
         else:
             with pytest.warns(UserWarning, match="rounds matrix products on a GPU"):
-                solve()
+                jax.eval_shape(penalty)
 
 
 def test_without_a_regularizer_the_penalty_is_zero():
@@ -153,37 +177,59 @@ def test_without_a_regularizer_the_penalty_is_zero():
     assert penalty == 0
 
 
-def test_resuming_equals_going_on(getkey):
-    """`solver_state` and `controller_state` of one solve start the next."""
-    kwargs = dict(stepsize_controller=CONTROLLER, key=getkey())
-    kwargs["regularizer"] = lrnde.LocalError()
-    save = diffrax.SaveAt(t1=True, solver_state=True, controller_state=True)
-    solver, a = lrnde.Tsit5(), problem(None)[-1]
-    half, _ = lrnde.diffeqsolve(
-        TERM, solver, 0.0, 1.0, 0.1, Y0, a, saveat=save, **kwargs
+def test_resuming_equals_going_on(float64, getkey):
+    """`solver_state` and `controller_state` of one solve start the next.
+
+    With a controller that looks at earlier steps, too.
+    """
+    controller = diffrax.PIDController(
+        rtol=TOLERANCE, atol=TOLERANCE, pcoeff=0.3, icoeff=0.4
     )
-    reference = diffrax.diffeqsolve(
-        TERM, solver, 0.0, 1.0, 0.1, Y0, a, saveat=save, stepsize_controller=CONTROLLER
-    )
-    state = jax.tree.structure(half.controller_state)
-    assert state == jax.tree.structure(reference.controller_state)
-    rest, penalty = lrnde.diffeqsolve(
-        TERM,
-        solver,
-        1.0,
-        2.0,
-        0.1,
-        half.ys[-1],
-        a,
-        solver_state=half.solver_state,
-        controller_state=half.controller_state,
-        **kwargs,
-    )
-    whole = diffrax.diffeqsolve(
-        TERM, solver, 0.0, 2.0, 0.1, Y0, a, stepsize_controller=CONTROLLER
-    )
-    np.testing.assert_allclose(rest.ys, whole.ys, rtol=1e-3)
-    assert penalty > 0
+    states = dict(solver_state=True, controller_state=True)
+    save = diffrax.SaveAt(steps=True, **states)
+
+    def part(solve, field, t0, t1, y0, before=None, **kwargs):
+        if before is not None:
+            kwargs |= {name: getattr(before, name) for name in states}
+        return solve(
+            diffrax.ODETerm(field),
+            lrnde.Tsit5(),
+            jnp.array(t0),
+            jnp.array(t1),
+            jnp.array(0.1),
+            y0,
+            problem(None)[-1],
+            saveat=save,
+            stepsize_controller=controller,
+            max_steps=128,
+            **kwargs,
+        )
+
+    def both_parts(solve, field, **kwargs):
+        half = part(solve, field, 0.0, 1.0, Y0, **kwargs)
+        n = int(half.stats["num_accepted_steps"])
+        return half, part(solve, field, 1.0, 2.0, half.ys[n - 1], half, **kwargs)
+
+    def ours(*args, **kwargs):
+        sol, penalty = lrnde.diffeqsolve(*args, **kwargs)
+        assert penalty > 0
+        return sol
+
+    counter = Counter(TERM.vector_field)
+    found = both_parts(ours, counter, regularizer=lrnde.LocalError(), key=getkey())
+    expected = both_parts(diffrax.diffeqsolve, TERM.vector_field)
+    for x, y in zip(found, expected, strict=True):
+        assert x.stats["num_steps"] == y.stats["num_steps"]
+        names = "ts", "ys", *states
+        x, y = ([getattr(sol, name) for name in names] for sol in (x, y))
+        assert jax.tree.structure(x) == jax.tree.structure(y)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9), x, y)
+    _, rest = found
+    whole = part(diffrax.diffeqsolve, TERM.vector_field, 0.0, 2.0, Y0)
+    end = rest.ys[rest.ts == 2.0], whole.ys[whole.ts == 2.0]
+    np.testing.assert_allclose(*end, rtol=1e-3)
+    measured = 7  # the stages of the measured step of each part
+    assert sum(sol.stats["nfe"] + measured for sol in found) == counter.total()
     # Nothing is evaluated twice: all stages but the first, which the first half left.
     assert rest.stats["nfe"] == 6 * rest.stats["num_steps"]
 
@@ -246,16 +292,32 @@ def test_a_failed_solve_is_reported_as_by_diffrax(getkey):
 
 
 def test_an_event_ends_the_solve_and_the_sample_is_from_before_it(getkey):
-    event = diffrax.Event(lambda t, y, args, **kwargs: t > 0.8)
-    sol, penalty = lrnde.diffeqsolve(
-        *problem(lrnde.Tsit5()),
-        stepsize_controller=CONTROLLER,
-        event=event,
-        regularizer=lrnde.LocalError(),
-        key=getkey(),
-    )
-    assert sol.result == diffrax.RESULTS.event_occurred
-    assert sol.ts[-1] < 2.0 and penalty > 0
+    """In a batch, too, where those that have ended wait for the others."""
+    term = diffrax.ODETerm(lambda t, y, args: TERM.vector_field(t, y, args[0]))
+    event = diffrax.Event(lambda t, y, args, **kwargs: t > args[1])
+    _, solver, t0, t1, dt0, y0, a = problem(lrnde.Tsit5())
+
+    @jax.jit
+    @jax.vmap
+    def solve(end, key):
+        sol, penalty = lrnde.diffeqsolve(
+            *(term, solver, t0, t1, dt0, y0, (a, end)),
+            stepsize_controller=CONTROLLER,
+            event=event,
+            regularizer=Start(),
+            key=key,
+        )
+        # The penalty is the measure times the length of the solve.
+        length = sol.ts[-1]
+        return sol.result == diffrax.RESULTS.event_occurred, length, penalty / length
+
+    ends = jnp.repeat(jnp.array([0.1, 0.8, 1.5]), 100)
+    occurred, found, starts = solve(ends, jr.split(getkey(), 300))
+    assert jnp.all(occurred) and jnp.all((ends < found) & (found < ends + 0.5))
+    assert jnp.all((0 <= starts) & (starts < ends))
+    for start, end in zip(starts.reshape(3, 100), ends[::100], strict=True):
+        # Anywhere before the event: the latest and the mean of 100 uniform times.
+        assert start.max() > 0.7 * end and abs(start.mean() / end - 0.5) < 0.2
 
 
 def test_the_length_of_a_solve_ends_with_its_event(getkey):
@@ -324,7 +386,6 @@ def test_types_are_promoted_by_nobody_else(promotion):
             ValueError,
             "PIDController",
         ),
-        (dict(regularizer="biased"), TypeError, "regularizer"),
         (dict(solver=diffrax.Euler()), TypeError, "embedded error"),
         (dict(dt0=-0.1), ValueError, "the sign of"),
         (
@@ -362,7 +423,8 @@ def test_unknown_names_are_refused(regularizer, name):
         regularizer(**{name: "unbiassed"})
 
 
-def test_implicit_explicit_terms(getkey):
+def test_implicit_explicit_terms(float64, getkey):
+    a, save = problem(None)[-1], diffrax.SaveAt(t0=True, steps=True)
     sol, penalty = lrnde.diffeqsolve(
         SPLIT,
         diffrax.KenCarp4(),
@@ -370,13 +432,31 @@ def test_implicit_explicit_terms(getkey):
         2.0,
         None,
         Y0,
-        problem(None)[-1],
+        a,
         stepsize_controller=CONTROLLER,
         regularizer=lrnde.LocalError(),
         key=getkey(),
+        saveat=save,
+        max_steps=128,
     )
-    expected, _ = lrnde.diffeqsolve(
-        *problem(diffrax.Kvaerno3()), stepsize_controller=CONTROLLER
+    n = int(sol.stats["num_accepted_steps"])
+    expected = diffrax.diffeqsolve(
+        *problem(lrnde.Tsit5()), stepsize_controller=CONTROLLER
     )
-    np.testing.assert_allclose(sol.ys, expected.ys, rtol=1e-2)
+    np.testing.assert_allclose(sol.ys[n], expected.ys[0], rtol=1e-2)
+
+    # As the root finder is told by the controller, unless it is told otherwise.
+    root_finder = diffrax.VeryChord(TOLERANCE, TOLERANCE, norm=CONTROLLER.norm)
+    solver = diffrax.KenCarp4(root_finder=root_finder)
+
+    @jax.jit
+    @jax.vmap
+    def retake(t0, t1, y0):
+        state = solver.init(SPLIT, t0, t1, y0, a)
+        y1, error, *_ = solver.step(SPLIT, t0, t1, y0, a, state, made_jump=False)
+        scale = TOLERANCE + TOLERANCE * jnp.maximum(abs(y0), abs(y1))
+        return 2.0 * jnp.sqrt(jnp.mean((error / scale) ** 2))
+
+    possible = retake(sol.ts[:n], sol.ts[1 : n + 1], sol.ys[:n])
     assert 0 < penalty < 2
+    assert jnp.abs(possible / penalty - 1).min() < 1e-6
