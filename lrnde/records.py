@@ -190,8 +190,22 @@ def provenance(precision: str, devices: int = 1) -> dict:
 
     **Returns:**
 
+    The dictionary of `here`, with `precision`.
+    """
+    return here(devices) | {"precision": precision}
+
+
+def here(devices: int = 1) -> dict:
+    """Says on what machine, with what code, and when.
+
+    **Arguments:**
+
+    - `devices`: How many devices are used.
+
+    **Returns:**
+
     A dictionary: `device` (the model of the CPU or GPU, with their number if there are
-    several), `platform`, `precision`, `dtype` (JAX's type of a real number),
+    several), `platform`, `dtype` (JAX's type of a real number),
     `xla_flags` (the environment variable), `versions`, `git_commit` and `git_clean` of
     the checkout that the package lives in (`None` outside one; records under
     `book/results` do not count as changes) when this process first asked, and
@@ -204,7 +218,6 @@ def provenance(precision: str, devices: int = 1) -> dict:
     return {
         "device": model if devices == 1 else f"{devices} x {model}",
         "platform": device.platform,
-        "precision": precision,
         "dtype": jnp.result_type(float).name,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "versions": {"python": platform.python_version()}
@@ -483,7 +496,7 @@ def load_all(root: str | os.PathLike, experiment: str, tier: str) -> list[dict]:
 
     - `root`: The folder of all records.
     - `experiment`: For instance `"mnist-node"`.
-    - `tier`: `"smoke"`, `"cpu"` or `"paper"`.
+    - `tier`: `"smoke"`, `"book"`, `"cpu"` or `"paper"`.
 
     **Returns:**
 

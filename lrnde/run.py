@@ -22,7 +22,7 @@ from . import experiments, records
 from ._extras import import_extra
 from .data import DataError
 from .experiments import Config
-from .training import history_of, steps_done, TrainingError
+from .training import progress_of, TrainingError
 
 filelock, yaml = import_extra("filelock"), import_extra("yaml", "pyyaml")
 
@@ -110,7 +110,7 @@ def record_of(config: Config) -> Path:
 def _done(config: Config) -> int:
     """The steps behind a run; that its checkpoint is damaged is for the run to say."""
     try:
-        return steps_done(checkpoint_of(config))
+        return progress_of(checkpoint_of(config)).step
     except TrainingError:
         return 0
 
@@ -196,7 +196,8 @@ def seconds_left(configs: Iterable[Config], device: str) -> tuple[float, int]:
         if seconds is None:
             unknown += 1
         else:
-            total += seconds * (1 - _done(config) / config.steps)
+            # A checkpoint that is further on is refused; that is for the run to say.
+            total += seconds * max(0.0, 1 - _done(config) / config.steps)
     return total, unknown
 
 
@@ -209,9 +210,12 @@ def _outlook(left: Sequence[Config], device: str, helping: bool) -> str:
     others = set(in_progress()) & {title(config) for config in left}
     workers = max(1, min(len(others) + helping, len(left)))
     hours, minutes = divmod(round(seconds / workers / 60), 60)
-    about = f"about {hours} h {minutes} min" if seconds else "time unknown"
-    more = f" and {unknown} of unknown length" if unknown and seconds else ""
-    return f"{len(left)} left, {about}{more}"
+    about = f"about {hours} h {minutes} min"
+    if unknown == len(left):
+        about = "time unknown"
+    elif unknown:
+        about += f" and {unknown} of unknown length"
+    return f"{len(left)} left, {about}"
 
 
 # Running
@@ -255,12 +259,12 @@ def run(
     for config in configs:
         _guard(config)
     # This also takes note of the commit before it may change.
-    origin = records.provenance("", jax.device_count() if shard else 1)
+    origin = records.here(jax.device_count() if shard else 1)
     if missing(configs):
         print(_first_line(origin), flush=True)
     code, unavailable = 0, set()  # data sets
-    for config in configs:
-        if record_of(config).exists() or getattr(config, "dataset", "") in unavailable:
+    for config in missing(configs):
+        if getattr(config, "dataset", "") in unavailable:
             continue
         if time.monotonic() > deadline:
             return code or STOPPED
@@ -276,11 +280,7 @@ def run(
                 line = _run_one(config, deadline, shard)
             except (RuntimeError, ValueError, MemoryError) as error:
                 # One that diverges or is out of memory shall not hold up the others.
-                reason = str(error) or type(error).__name__
-                print(f"{title(config)}: failed: {reason}", flush=True)
-                if isinstance(error, DataError):
-                    unavailable.add(config.dataset)
-                    print(f"No other run with {config.dataset} is tried.", flush=True)
+                unavailable |= _report_failure(config, error)
                 code = 1
                 continue
             except (KeyboardInterrupt, filelock.Timeout):
@@ -291,6 +291,16 @@ def run(
         outlook = _outlook(missing(configs), origin["device"], helping=True)
         print(f"{title(config)}: {line}; {outlook}", flush=True)
     return code
+
+
+def _report_failure(config: Config, error: Exception) -> set[str]:
+    """Says why a run failed; gives the data sets that there is no use in trying."""
+    reason = str(error) or type(error).__name__
+    print(f"{title(config)}: failed: {reason}", flush=True)
+    if not isinstance(error, DataError):
+        return set()
+    print(f"No other run with {config.dataset} is tried.", flush=True)
+    return {config.dataset}
 
 
 def _run_one(config: Config, deadline: float, shard: bool) -> str | None:
@@ -322,21 +332,21 @@ def measure(configs: Sequence[Config]) -> None:
 
     **Raises:**
 
-    - `RuntimeError` if runs are in progress, which would take their share of the time.
-    - `ValueError`, naming all of them, if runs were made on another device, or their
-        trained models are not at hand, or are not those that were evaluated.
+    - `ValueError` if runs are in progress, which would take their share of the time;
+        naming all of them, if runs were made on another device, or their trained models
+        are not at hand, or are not those that were evaluated.
     - `TrainingError` if a checkpoint is damaged, or of another version of lrnde.
     """
     with _measurement():
         if busy := in_progress():
-            raise RuntimeError(
+            raise ValueError(
                 f"{', '.join(busy)} in progress: a busy machine gives no times. "
                 "Measure when nothing runs."
             )
         done = [config for config in configs if record_of(config).exists()]
         if not done:
             print("nothing to measure: none of these runs has a record")
-        here = records.provenance("")
+        here = records.here()
         origin = {name: here[name] for name in records.MEASURED}
         found = [(c, _unmeasurable(c, here["device"])) for c in done]
         if problems := [f"{title(c)}: {why}" for c, why in found if why]:
@@ -390,8 +400,8 @@ def _unmeasurable(config: Config, here: str) -> str | None:
             f"has a record, but no trained model in {checkpoint}: copy that file here, "
             "or run it again."
         )
-    finished = steps_done(checkpoint) == config.steps
-    if not finished or history_of(checkpoint).curves != record["curves"]:
+    step, history = progress_of(checkpoint)
+    if step != config.steps or history.curves != record["curves"]:
         return (
             f"{checkpoint} is not the model that the record is of. Bring back the "
             "right one, or delete both and run it again."
@@ -426,7 +436,7 @@ def show(configs: Sequence[Config], all_of_them: bool) -> None:
             if all_of_them or state != "done":
                 print(f"  {config.name}: {state}")
         left += to_do
-    print(_outlook(left, records.provenance("")["device"], helping=False))
+    print(_outlook(left, records.here()["device"], helping=False))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -460,23 +470,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.measure and math.isfinite(options.max_minutes):
         parser.error("--measure runs to its end: leave out --max-minutes")
     deadline = time.monotonic() + 60 * options.max_minutes
-    if not chapters(options.tier):
-        parser.error(
-            f"no tier {options.tier!r} in {PARAMS}, which is part of a checkout"
-        )
     try:
-        configs = plan(options.names or chapters(options.tier), options.tier)
-    except (FileNotFoundError, ValueError) as error:
+        return _do(options, deadline)
+    except (FileNotFoundError, FileExistsError, ValueError, TrainingError) as error:
         parser.error(str(error))
-    for name in ("method", "seed"):
-        chosen = getattr(options, name) or [getattr(config, name) for config in configs]
-        there = {getattr(config, name) for config in configs}
-        if unknown := set(chosen) - there:
-            parser.error(
-                f"no run has {name} {', '.join(map(str, sorted(unknown)))}; there are "
-                f"{', '.join(map(str, sorted(there)))}"
-            )
-        configs = [config for config in configs if getattr(config, name) in chosen]
+
+
+def _do(options: argparse.Namespace, deadline: float) -> int:
+    configs = _chosen(options)
     if options.list or options.missing:
         show(configs, all_of_them=options.list)
         return 0
@@ -487,11 +488,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             config.sharding()
         except ValueError as error:
-            parser.error(f"{title(config)} with --shard: {error}")
-    try:
-        return run(configs, deadline, options.shard)
-    except FileExistsError as error:
-        parser.error(str(error))
+            raise ValueError(f"{title(config)} with --shard: {error}") from error
+    return run(configs, deadline, options.shard)
+
+
+def _chosen(options: argparse.Namespace) -> list[Config]:
+    if not chapters(options.tier):
+        raise ValueError(
+            f"no tier {options.tier!r} in {PARAMS}, which is part of a checkout"
+        )
+    configs = plan(options.names or chapters(options.tier), options.tier)
+    for name in ("method", "seed"):
+        there = {getattr(config, name) for config in configs}
+        chosen = getattr(options, name) or there
+        if unknown := set(chosen) - there:
+            raise ValueError(
+                f"no run has {name} {', '.join(map(str, sorted(unknown)))}; there are "
+                f"{', '.join(map(str, sorted(there)))}"
+            )
+        configs = [config for config in configs if getattr(config, name) in chosen]
+    return configs
 
 
 if __name__ == "__main__":

@@ -76,21 +76,29 @@ def schedule(spec: dict[str, Any], steps: int) -> optax.Schedule:
     - `ValueError` for an unknown kind, a missing or surplus number, what is not a
         finite number, or a start, an end or a rate that such a schedule cannot have.
     """
-    makers = {
-        "constant": (optax.constant_schedule, {"value"}),
-        "exponential": (
-            lambda start, end: optax.exponential_decay(start, steps, end / start),
-            {"start", "end"},
-        ),
-        "cosine": (
-            lambda start, end: optax.cosine_decay_schedule(start, steps, end / start),
-            {"start", "end"},
-        ),
-        "inverse": (
-            lambda start, rate: lambda step: start / (1 + rate * step),
-            {"start", "rate"},
-        ),
-    }
+    _check_schedule(spec)
+    match spec["kind"]:
+        case "constant":
+            return optax.constant_schedule(spec["value"])
+        case "exponential":
+            rate = spec["end"] / spec["start"]
+            return optax.exponential_decay(spec["start"], steps, rate)
+        case "cosine":
+            end = spec["end"] / spec["start"]
+            return optax.cosine_decay_schedule(spec["start"], steps, end)
+        case "inverse":
+            return lambda step: spec["start"] / (1 + spec["rate"] * step)
+
+
+_NUMBERS = {
+    "constant": {"value"},
+    "exponential": {"start", "end"},
+    "cosine": {"start", "end"},
+    "inverse": {"start", "rate"},
+}
+
+
+def _check_schedule(spec: dict[str, Any]) -> None:
     if not isinstance(spec, Mapping):
         raise ValueError(f"schedule {spec}: write {{kind: constant, value: {spec}}}.")
     given = {name: value for name, value in spec.items() if name != "kind"}
@@ -101,11 +109,11 @@ def schedule(spec: dict[str, Any], steps: int) -> optax.Schedule:
                 "a text; write 1.0e-3.)"
             )
     kind = spec.get("kind")
-    if kind not in makers:
-        raise ValueError(f"schedule {spec}: kind must be one of {', '.join(makers)}.")
-    make, names = makers[kind]
-    if set(given) != names:
-        raise ValueError(f"schedule {spec}: {kind} takes {', '.join(sorted(names))}.")
+    if kind not in _NUMBERS:
+        raise ValueError(f"schedule {spec}: kind must be one of {', '.join(_NUMBERS)}.")
+    if set(given) != _NUMBERS[kind]:
+        names = ", ".join(sorted(_NUMBERS[kind]))
+        raise ValueError(f"schedule {spec}: {kind} takes {names}.")
     # An exponential never reaches zero; a cosine may.
     if "end" in given and not (given["start"] > 0 and given["end"] >= 0):
         raise ValueError(f"schedule {spec}: start must be positive, end not negative.")
@@ -115,7 +123,6 @@ def schedule(spec: dict[str, Any], steps: int) -> optax.Schedule:
         )
     if kind == "inverse" and given["rate"] < 0:
         raise ValueError(f"schedule {spec}: rate must not be negative.")
-    return make(**given)
 
 
 @dataclass
@@ -223,8 +230,9 @@ class State:
     - `step`: Training steps done.
     - `budget`: The step budget.
     - `history`: The learning curves.
-    - `seconds`: Wall time of the training steps, compilation left out.
-    - `compile_seconds`: Wall time of those training steps that had to be compiled.
+    - `seconds`: Wall time of all other training steps.
+    - `compile_seconds`: Wall time of the first training step at each step budget, which
+        is compiled unless another training did that.
     - `origins`: Where the training took place: the `origin` of `fit`, one a process.
     """
 
@@ -236,6 +244,16 @@ class State:
     seconds: float = 0.0
     compile_seconds: float = 0.0
     origins: list[dict[str, Any]] = field(default_factory=list)
+
+
+def new_state(
+    model: PyTree,
+    optimizer: optax.GradientTransformation,
+    budget: StepBudget | None = None,
+) -> State:
+    """The state before the first training step."""
+    params = eqx.filter(model, eqx.is_inexact_array)
+    return State(model, optimizer.init(params), budget=budget or StepBudget())
 
 
 def save_checkpoint(path: Path, state: State, identity: str) -> None:
@@ -337,24 +355,24 @@ def load_checkpoint(path: Path, like: State, identity: str) -> State:
     )
 
 
-def steps_done(path: Path) -> int:
-    """How many training steps a checkpoint has behind it; 0 if there is none.
+class Progress(NamedTuple):
+    """How far a checkpoint is: its training steps, and its learning curves."""
+
+    step: int
+    history: History
+
+
+def progress_of(path: Path) -> Progress:
+    """How far a checkpoint is; not a step, if there is none.
 
     **Raises:**
 
     - `TrainingError` if the file is damaged, or not a checkpoint.
     """
-    return _read(path)[0]["step"] if path.exists() else 0
-
-
-def history_of(path: Path) -> History:
-    """The learning curves of a checkpoint.
-
-    **Raises:**
-
-    - As `steps_done`, and `FileNotFoundError`.
-    """
-    return History(**_read(path)[0]["history"])
+    if not path.exists():
+        return Progress(0, History())
+    header, _ = _read(path)
+    return Progress(header["step"], History(**header["history"]))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -418,7 +436,13 @@ def shardings(batch_size: int) -> Shardings:
     )
 
 
-class _Outcome(NamedTuple):
+class Outcome(NamedTuple):
+    """What a training step came to.
+
+    - `evaluation`: What the objective says of the batch, before the step.
+    - `finite`: Whether the loss and its gradient are.
+    """
+
     evaluation: Evaluation
     finite: Bool[Array, ""]
 
@@ -437,8 +461,8 @@ def make_step(
     **Returns:**
 
     A function `(model, opt_state, batch, key, step, weight, max_steps) -> (model,
-    opt_state), outcome`, where `weight` is an array: the weight of the penalty in this
-    step. A step that does not work out changes nothing.
+    opt_state), outcome`, where `weight` is an array, the weight of the penalty in this
+    step, and `outcome` an `Outcome`. A step that does not work out changes nothing.
     """
 
     def total_loss(model, batch, key, weight, max_steps):
@@ -470,7 +494,7 @@ def make_step(
         )
         chosen = jax.tree.map(select, new, old)
         static = eqx.filter((model, opt_state), eqx.is_array, inverse=True)
-        return eqx.combine(chosen, static), _Outcome(evaluation, finite)
+        return eqx.combine(chosen, static), Outcome(evaluation, finite)
 
     return train_step
 
@@ -515,8 +539,69 @@ class _Interrupt:
             signal.signal(number, handler)
 
 
+class _Processes:
+    """The processes of one training: what one of them decides, all do."""
+
+    def __init__(self, sharding: PyTree[NamedSharding] | None):
+        leaves = jax.tree.leaves(sharding)
+        self._several = any(not s.is_fully_addressable for s in leaves)
+
+    def any(self, here: bool) -> bool:
+        return bool(_of_all_processes(here).any()) if self._several else here
+
+    def agree(self, value: int) -> bool:
+        return not self._several or len(set(_of_all_processes(value).tolist())) == 1
+
+    def save(self, path: Path | None, state: State, identity: str) -> None:
+        if path is None:
+            return
+        problem = None
+        if not self._several or jax.process_index() == 0:
+            try:
+                save_checkpoint(path, state, identity)
+            except Exception as error:
+                problem = error
+        # Nobody goes on before the first process has saved, or if it could not.
+        if self.any(problem is not None):
+            raise problem or TrainingError(f"{path} could not be written.")
+
+
 def _of_all_processes(value: bool | int) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(np.asarray(value)))
+
+
+def _on_all_devices(tree: PyTree, sharding: PyTree[NamedSharding] | None) -> PyTree:
+    """Gives each device a copy."""
+    if sharding is None:
+        return tree
+    mesh = jax.tree.leaves(sharding)[0].mesh
+    return eqx.filter_shard(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def _check_start(state: State, steps: int, checkpoint, processes: _Processes) -> None:
+    if not processes.agree(state.step):
+        raise TrainingError(f"the processes do not see the same {checkpoint}.")
+    if state.step > steps:
+        raise TrainingError(
+            f"{checkpoint} has {state.step} training steps behind it, more than steps="
+            f"{steps}. Ask for as many at least. {_remedy(checkpoint)}"
+        )
+
+
+def _failure(outcome: Outcome, budget: StepBudget) -> str | None:
+    """Why training cannot go on after a step, if it cannot."""
+    if not outcome.evaluation.successful:
+        return (
+            f"the solve needs more than {budget.limit} steps. Loosen the tolerance, "
+            "lower the learning rate, or raise `StepBudget(limit=...)`. (With a NaN in "
+            "the batch or in the model no number of steps will do.)"
+        )
+    if not outcome.finite:
+        return (
+            "the loss or its gradient is not finite. Lower the learning rate or the "
+            "weight of the penalty."
+        )
+    return None
 
 
 def fit(
@@ -613,63 +698,25 @@ def fit(
     if not callable(weight):
         weight = optax.constant_schedule(weight)
     checkpoint = None if checkpoint is None else Path(checkpoint)
-    params = eqx.filter(model, eqx.is_inexact_array)
     # A budget of its own: that of the caller may be used again.
-    budget = replace(budget) if budget else StepBudget()
-    state = State(model, optimizer.init(params), budget=budget)
+    state = new_state(model, optimizer, replace(budget) if budget else None)
     if checkpoint is not None and checkpoint.exists():
         state = load_checkpoint(checkpoint, state, identity)
-    resumed_at = state.step
-    together = any(not s.is_fully_addressable for s in jax.tree.leaves(sharding))
-    if together and len(set(_of_all_processes(state.step).tolist())) > 1:
-        raise TrainingError(f"the processes do not see the same {checkpoint}.")
-    if state.step > steps:
-        raise TrainingError(
-            f"{checkpoint} has {state.step} training steps behind it, more than steps="
-            f"{steps}. Ask for as many at least. {_remedy(checkpoint)}"
-        )
+    processes = _Processes(sharding)
+    _check_start(state, steps, checkpoint, processes)
     if train_step is None:
         train_step = make_step(objective, optimizer, regularizer)
-    compiled = set()
-
-    def spread(tree):
-        if sharding is None:
-            return tree
-        mesh = jax.tree.leaves(sharding)[0].mesh
-        return eqx.filter_shard(tree, NamedSharding(mesh, PartitionSpec()))
-
-    def anywhere(here: bool) -> bool:
-        return bool(_of_all_processes(here).any()) if together else here
-
-    def save():
-        if checkpoint is None:
-            return
-        problem = None
-        if not together or jax.process_index() == 0:
-            try:
-                save_checkpoint(checkpoint, state, identity)
-            except Exception as error:
-                problem = error
-        # Nobody goes on before the first process has saved, or if it could not.
-        if anywhere(problem is not None):
-            raise problem or TrainingError(f"{checkpoint} could not be written.")
-
-    def fail(reason: str):
-        save()
-        kept = f"kept in {checkpoint}" if checkpoint else "not kept (no checkpoint)"
-        raise TrainingError(
-            f"step {state.step}: {reason} The state before that step is {kept}."
-        )
-
-    state.model, state.opt_state = spread((state.model, state.opt_state))
+    resumed_at, compiled = state.step, set()
+    trees = state.model, state.opt_state
+    state.model, state.opt_state = _on_all_devices(trees, sharding)
     bar = tqdm(total=steps, initial=state.step, disable=not progress, unit="step")
     with bar, _Interrupt() as interrupt:
         while state.step < steps:
-            if anywhere(interrupt.asked or time.monotonic() > deadline):
+            if processes.any(interrupt.asked or time.monotonic() > deadline):
                 break
             started = time.monotonic()
             batch = batches(state.step)
-            (new_model, new_opt_state), outcome = train_step(
+            trees, outcome = train_step(
                 state.model,
                 state.opt_state,
                 batch if sharding is None else jax.device_put(batch, sharding),
@@ -678,28 +725,23 @@ def fit(
                 jnp.asarray(weight(state.step), float),
                 state.budget.steps,
             )
-            evaluation, finite = jax.device_get(outcome)
+            outcome = jax.device_get(outcome)
             seconds = time.monotonic() - started
             if state.budget.steps in compiled:
                 state.seconds += seconds
             else:
                 state.compile_seconds += seconds
             compiled.add(state.budget.steps)
-            if not evaluation.successful:
-                if state.budget.grow():
-                    continue
-                fail(
-                    f"the solve needs more than {state.budget.limit} steps. Loosen the "
-                    "tolerance, lower the learning rate, or raise "
-                    "`StepBudget(limit=...)`. (With a NaN in the batch or in the model "
-                    "no number of steps will do.)"
+            evaluation = outcome.evaluation
+            if not evaluation.successful and state.budget.grow():
+                continue
+            if reason := _failure(outcome, state.budget):
+                processes.save(checkpoint, state, identity)
+                kept = f"kept in {checkpoint}" if checkpoint else "lost (no checkpoint)"
+                raise TrainingError(
+                    f"step {state.step}: {reason} The state before that step is {kept}."
                 )
-            if not finite:
-                fail(
-                    "the loss or its gradient is not finite. Lower the learning rate "
-                    "or the weight of the penalty."
-                )
-            state.model, state.opt_state = spread((new_model, new_opt_state))
+            state.model, state.opt_state = _on_all_devices(trees, sharding)
             state.budget.note(int(evaluation.num_steps))
             if origin is not None and state.step == resumed_at:
                 state.origins.append(origin)  # who trains nothing leaves no trace
@@ -708,9 +750,9 @@ def fit(
             bar.update()
             bar.set_postfix(_postfix(evaluation), refresh=False)
             if state.step % checkpoint_every == 0:
-                save()
-        save()
-        asked = anywhere(interrupt.asked)
+                processes.save(checkpoint, state, identity)
+        processes.save(checkpoint, state, identity)
+        asked = processes.any(interrupt.asked)
     if asked and state.step == steps and checkpoint is not None:
         raise KeyboardInterrupt
     if sharding is not None:

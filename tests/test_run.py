@@ -38,6 +38,11 @@ def tiny(tmp_path, monkeypatch):
 
 
 def test_runs_are_recorded_measured_and_not_repeated(tiny, monkeypatch, capsys):
+    def refused(arguments):
+        with pytest.raises(SystemExit):
+            run.main(arguments)
+        return capsys.readouterr().err
+
     arguments = ["mnist_node", "--tier", "tiny"]
     assert run.main([*arguments, "--max-minutes", "0"]) != 0  # no time for any
     assert run.main(arguments) == 0
@@ -57,13 +62,12 @@ def test_runs_are_recorded_measured_and_not_repeated(tiny, monkeypatch, capsys):
     whole = checkpoint.read_bytes()
     checkpoint.unlink()
     experiments.run(config, checkpoint=checkpoint, deadline=0.0, progress=False)
-    with pytest.raises(ValueError, match="not the model that the record is of"):
-        run.main([*arguments, "--measure"])
+    assert "not the model that the record is of" in refused([*arguments, "--measure"])
     # All that cannot be measured is named at once.
     for config in run.plan(["mnist-node"], "tiny"):
         run.checkpoint_of(config).unlink()
-    with pytest.raises(ValueError, match="(?s)vanilla-seed3: has .*biased-seed3: has "):
-        run.main([*arguments, "--measure"])
+    said = refused([*arguments, "--measure"])
+    assert "vanilla-seed3: has " in said and "biased-seed3: has " in said
     checkpoint.write_bytes(whole)
 
     monkeypatch.setattr(experiments, "run", None)  # would fail if it were called
@@ -85,10 +89,9 @@ def test_runs_are_recorded_measured_and_not_repeated(tiny, monkeypatch, capsys):
 
     # Times of this machine do not go into the record of another one.
     tiny.write_text(SETTINGS)
-    elsewhere = records.provenance("") | {"device": "other"}
-    monkeypatch.setattr(records, "provenance", lambda *_: elsewhere)
-    with pytest.raises(ValueError, match="measure it there"):
-        run.main([*arguments, "--measure"])
+    elsewhere = records.here() | {"device": "other"}
+    monkeypatch.setattr(records, "here", lambda *_: elsewhere)
+    assert "measure it there" in refused([*arguments, "--measure"])
 
 
 @pytest.mark.parametrize("kind", [TrainingError, ValueError, MemoryError])
@@ -108,9 +111,10 @@ def test_the_work_is_shared_and_one_failure_does_not_end_it(
     with FileLock(run.lock_of(biased)):
         assert run.in_progress() == ["mnist-node/tiny/biased-seed3"]
         assert run.main(["--tier", "tiny"]) == 1
-        with pytest.raises(RuntimeError, match="biased-seed3 in progress"):
+        with pytest.raises(SystemExit):
             run.main(["--tier", "tiny", "--measure"])
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "biased-seed3 in progress" in err
     assert "vanilla-seed3: failed: step 2" in out
     assert "biased-seed3: another process is at it" in out
     assert run.in_progress() == []
@@ -174,15 +178,25 @@ def test_a_failure_shows_in_the_exit_code_of_a_run_that_is_stopped(tiny, monkeyp
     assert run.main(["--tier", "tiny"]) == run.STOPPED
 
 
-def test_no_run_starts_while_times_are_measured(tiny, monkeypatch):
-    started = []
+def test_no_run_starts_while_times_are_measured(tiny, monkeypatch, capsys):
+    started, waits, wait = [], threading.Event(), run._wait_for_measurement
+
+    def noted(*args):
+        waits.set()
+        wait(*args)
+
     monkeypatch.setattr(experiments, "run", lambda config, **_: started.append(config))
+    monkeypatch.setattr(run, "_wait_for_measurement", noted)
+    records.here()  # asks for the commit once, which takes its time
     with run._measurement():
-        assert run.main(["--tier", "tiny", "--max-minutes", "0.001"]) == run.STOPPED
-        assert not started
+        assert run.main(["--tier", "tiny", "--max-minutes", "0.005"]) == run.STOPPED
+        assert "waits for the end of a measurement" in capsys.readouterr().out
+        assert waits.is_set() and not started
+        waits.clear()
         waiting = threading.Thread(target=run.main, args=[["--tier", "tiny"]])
         waiting.daemon = True
         waiting.start()
+        assert waits.wait(timeout=60)
         waiting.join(timeout=0.5)
         assert not started
     waiting.join(timeout=60)
@@ -243,8 +257,20 @@ def test_the_time_left_follows_records_and_checkpoints(tiny, monkeypatch):
     monkeypatch.setattr(records, "load_all", lambda *_: [record])
     assert run.seconds_left([config, config], "here") == (200.0, 0)
     assert run.seconds_left([config, config], "elsewhere") == (0.0, 2)
-    monkeypatch.setattr(run, "steps_done", lambda path: 2)  # of three
-    assert run.seconds_left([config], "here")[0] == pytest.approx(100 / 3)
+    for step, seconds in ((2, 100 / 3), (3, 0.0), (9, 0.0)):  # of three
+        monkeypatch.setattr(run, "_done", lambda config, step=step: step)
+        assert run.seconds_left([config], "here")[0] == pytest.approx(seconds)
+
+
+def test_the_outlook_tells_what_is_known(tiny, monkeypatch):
+    config = run.plan(["mnist-node"], "tiny")[0]
+    for found, says in (
+        ((0.0, 0), "2 left, about 0 h 0 min"),
+        ((7260.0, 1), "2 left, about 2 h 1 min and 1 of unknown length"),
+        ((0.0, 2), "2 left, time unknown"),
+    ):
+        monkeypatch.setattr(run, "seconds_left", lambda *_, found=found: found)
+        assert run._outlook([config, config], "here", helping=False) == says
 
 
 def test_a_damaged_checkpoint_is_no_obstacle_to_the_other_runs(tiny, capsys):

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffrax
 import equinox as eqx
@@ -30,10 +31,10 @@ from lrnde.models import NeuralODEClassifier
 from lrnde.training import (
     fit,
     History,
+    progress_of,
     schedule,
     State,
     StepBudget,
-    steps_done,
     TrainingError,
 )
 
@@ -50,13 +51,27 @@ def batches(step):
     return x, jnp.argmax(x[:, :3], axis=1)
 
 
-def train(steps=20, **kwargs):
-    kwargs = dict(optimizer=optax.adam(1e-2), key=jr.key(1), progress=False) | kwargs
+small_model = cache(make_model)
+OPTIMIZER = optax.adam(1e-2)
+
+
+@cache
+def step_for(regularizer):
+    """Compiled once for all tests."""
+    return training.make_step(classification, OPTIMIZER, regularizer)
+
+
+def train(steps=20, *, model=None, batches=batches, regularizer=None, **kwargs):
     return fit(
-        kwargs.pop("model", None) or make_model(),
+        model or make_model(),
         classification,
-        kwargs.pop("batches", batches),
+        batches,
         steps=steps,
+        optimizer=OPTIMIZER,
+        key=jr.key(1),
+        regularizer=regularizer,
+        train_step=step_for(regularizer),
+        progress=False,
         **kwargs,
     )
 
@@ -102,16 +117,21 @@ def test_a_wrong_schedule_is_explained(spec, says):
         schedule(spec, 10)
 
 
-@given(used=st.lists(st.integers(1, 300), max_size=60))
-def test_the_budget_always_suffices_and_shrinks_only_when_idle(used):
-    budget = StepBudget(patience=5)
+@given(used=st.lists(st.integers(1, 20) | st.integers(1, 300), max_size=60))
+def test_the_budget_always_suffices_and_is_halved_when_idle_for_long(used):
+    budget, idle = StepBudget(patience=3), 0
     for steps in used:
         while steps > budget.steps:
             assert budget.grow()
+            idle = 0
         before = budget.steps
+        idle = idle + 1 if 2 * steps <= before else 0
         budget.note(steps)
-        assert budget.smallest <= budget.steps <= before
-        assert budget.steps == before or 2 * steps <= before
+        if idle < 3 or before == budget.smallest:
+            assert budget.steps == before
+        else:
+            assert budget.steps == max(before // 2, budget.smallest)
+            idle = 0
 
 
 @pytest.mark.parametrize(
@@ -169,7 +189,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path):
         evaluation = classification(model, (jnp.nan_to_num(x), y), **kwargs)
         return evaluation._replace(loss=evaluation.loss + jnp.sum(0 * x))
 
-    kwargs = dict(optimizer=optax.adam(1e-2), key=jr.key(1), progress=False)
+    kwargs = dict(optimizer=OPTIMIZER, key=jr.key(1), progress=False)
+    kwargs["train_step"] = training.make_step(objective, OPTIMIZER, None)
     with pytest.raises(TrainingError, match="step 7: .*not finite"):
         fit(make_model(), objective, poisoned, steps=20, checkpoint=path, **kwargs)
     good = fit(make_model(), objective, batches, steps=7, **kwargs)
@@ -208,12 +229,10 @@ def decay_objective(solver):
     return objective
 
 
-def train_decay(objective, steps=20, **kwargs):
-    settings = dict(optimizer=optax.adam(1e-2), key=jr.key(1), progress=False)
+def train_decay(objective, steps=20, batches=lambda step: jnp.ones(2), **kwargs):
+    settings = dict(optimizer=OPTIMIZER, key=jr.key(1), progress=False)
     model = Decay(jnp.array(1.0), jr.key(7))
-    return fit(
-        model, objective, lambda step: jnp.ones(2), steps=steps, **settings | kwargs
-    )
+    return fit(model, objective, batches, steps=steps, **settings | kwargs)
 
 
 def test_an_implicit_solver_trains_without_a_curve_of_its_nfe():
@@ -225,10 +244,51 @@ def test_an_implicit_solver_trains_without_a_curve_of_its_nfe():
 def test_random_keys_are_kept_in_a_checkpoint(tmp_path):
     noisy = dict(optimizer=optax.noisy_sgd(0.1, key=jr.key(1)), weight=0.5)
     objective = decay_objective(lrnde.Bosh3())
+    noisy["train_step"] = training.make_step(objective, noisy["optimizer"], None)
     whole = train_decay(objective, 6, **noisy)
     path = str(tmp_path / "run.ckpt")
     train_decay(objective, 2, **noisy, checkpoint=path)
     assert_same_state(train_decay(objective, 6, **noisy, checkpoint=path), whole)
+
+
+def test_a_step_goes_down_the_loss_and_the_weighted_penalty():
+    regularizer, weight, rate = lrnde.LocalError("biased"), 0.3, 0.1
+    objective, key = decay_objective(lrnde.Bosh3()), jr.key(1)
+    before, batch = Decay(jnp.array(1.0), jr.key(7)), jnp.array([1.0, 2.0])
+
+    def loss(of):
+        model = Decay(of, jr.key(7))
+        # Step 0 has a key of its own.
+        kwargs = dict(regularizer=regularizer, key=jr.fold_in(key, 0), max_steps=32)
+        found = objective(model, batch, **kwargs)
+        return found.loss + weight * found.penalty
+
+    state = train_decay(
+        objective,
+        1,
+        optimizer=optax.sgd(rate),
+        regularizer=regularizer,
+        weight=weight,
+        batches=lambda step: batch,
+    )
+    expected = before.rate - rate * jax.grad(loss)(before.rate)
+    np.testing.assert_allclose(state.model.rate, expected, rtol=1e-6)
+
+
+@given(
+    losses=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=25),
+    every=st.integers(1, 6),
+)
+def test_curves_are_means_over_intervals(losses, every):
+    history = History(every=every)
+    for step, loss in enumerate(losses, 1):
+        history.add(step, training.Evaluation(loss, 2 * loss, {}, None, 1, True))
+    whole = len(losses) // every
+    means = np.reshape(losses[: whole * every], (whole, every)).mean(axis=1)
+    assert history.curves["step"] == [every * (k + 1) for k in range(whole)]
+    np.testing.assert_allclose(history.curves["loss"], means, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(history.curves["penalty"], 2 * means, atol=1e-9)
+    assert "nfe" not in history.curves
 
 
 def test_what_an_objective_must_give_is_said():
@@ -252,7 +312,7 @@ def test_a_checkpoint_that_is_further_on_is_not_taken_for_this_run(tmp_path):
     train_decay(objective, 4, checkpoint=path)
     with pytest.raises(TrainingError, match="4 training steps behind it"):
         train_decay(objective, 3, checkpoint=path)
-    assert steps_done(Path(path)) == 4
+    assert progress_of(Path(path)).step == 4
 
 
 def test_a_training_has_the_precision_of_its_configuration():
@@ -276,7 +336,7 @@ def test_one_compilation_once_the_budget_has_settled():
         traces += 1
         return classification(model, batch, **kwargs)
 
-    kwargs = dict(optimizer=optax.adam(1e-2), key=jr.key(1), progress=False)
+    kwargs = dict(optimizer=OPTIMIZER, key=jr.key(1), progress=False)
     fit(
         make_model(),
         counting,
@@ -291,12 +351,9 @@ def test_one_compilation_once_the_budget_has_settled():
 
 def test_each_step_has_its_own_weight():
     """Trainings with different weights share what is compiled."""
-    regularizer, optimizer = lrnde.LocalError("biased"), optax.adam(1e-2)
-    shared = training.make_step(classification, optimizer, regularizer)
 
     def trained(steps, weight):
-        kwargs = dict(optimizer=optimizer, regularizer=regularizer, weight=weight)
-        return train(steps, **kwargs, train_step=shared).model
+        return train(steps, regularizer=lrnde.LocalError("biased"), weight=weight).model
 
     def late(step):
         return 10.0 if step == 1 else 0.0
@@ -310,16 +367,24 @@ def test_each_step_has_its_own_weight():
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path):
     path = tmp_path / "run.ckpt"
-    whole = train(30, regularizer=lrnde.LocalError())
-    train(13, regularizer=lrnde.LocalError(), checkpoint=path)
-    resumed = train(30, regularizer=lrnde.LocalError(), checkpoint=path)
+    regularizer = lrnde.LocalError("biased")
+    whole = train(30, regularizer=regularizer)
+    train(13, regularizer=regularizer, checkpoint=path)
+    resumed = train(30, regularizer=regularizer, checkpoint=path)
     assert_same_state(resumed, whole)
 
 
-def test_a_deadline_stops_cleanly(tmp_path):
-    path = tmp_path / "run.ckpt"
-    stopped = train(10**6, checkpoint=path, deadline=time.monotonic() + 3)
-    assert 0 < stopped.step < 10**6
+def test_a_deadline_stops_cleanly(tmp_path, monkeypatch):
+    path, now = tmp_path / "run.ckpt", [0.0]
+
+    def slow(step):
+        now[0] += 1
+        return batches(step)
+
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(training, "time", clock)
+    stopped = train(10**6, batches=slow, checkpoint=path, deadline=6.5)
+    assert stopped.step == 7
     assert_same_state(training.load_checkpoint(path, stopped, ""), stopped)
 
 
@@ -351,7 +416,7 @@ def test_ctrl_c_in_the_last_step_ends_what_comes_after_it(tmp_path):
     path = tmp_path / "run.ckpt"
     with pytest.raises(KeyboardInterrupt):
         train(6, batches=interrupting, checkpoint=path)
-    assert steps_done(path) == 6
+    assert progress_of(path).step == 6
     assert train(6, batches=interrupting).step == 6  # it would be lost
 
 
@@ -360,8 +425,7 @@ def test_ctrl_c_in_the_last_step_ends_what_comes_after_it(tmp_path):
     step=st.integers(0, 10**6),
 )
 def test_checkpoints_round_trip(tmp_path_factory, curves, step):
-    path = tmp_path_factory.mktemp("checkpoints") / "a.ckpt"
-    model = make_model()
+    path, model = tmp_path_factory.mktemp("checkpoints") / "a.ckpt", small_model()
     history = History(curves={"loss": curves})
     state = State(model, None, step, StepBudget(), history, 1.0, 2.0, [{"device": "a"}])
     training.save_checkpoint(path, state, "me")
@@ -373,7 +437,8 @@ def test_checkpoints_round_trip(tmp_path_factory, curves, step):
 @given(data=st.data())
 def test_damaged_checkpoints_are_refused(tmp_path_factory, data):
     """One wrong bit is enough, wherever it is."""
-    path, like = tmp_path_factory.mktemp("damaged") / "run.ckpt", State(make_model(), 0)
+    path = tmp_path_factory.mktemp("damaged") / "run.ckpt"
+    like = State(small_model(), 0)
     training.save_checkpoint(path, like, "me")
     content = bytearray(path.read_bytes())
     place = data.draw(st.integers(0, len(content) - 1))
@@ -382,7 +447,7 @@ def test_damaged_checkpoints_are_refused(tmp_path_factory, data):
     with pytest.raises(TrainingError, match=r"run\.ckpt"):
         training.load_checkpoint(path, like, "me")
     with pytest.raises(TrainingError, match=r"run\.ckpt"):
-        steps_done(path)
+        progress_of(path)
 
 
 def test_foreign_checkpoints_are_refused(tmp_path):
@@ -405,7 +470,7 @@ def test_foreign_checkpoints_are_refused(tmp_path):
     path.unlink()
     path.mkdir()
     with pytest.raises(TrainingError, match="is a folder"):
-        steps_done(path)
+        progress_of(path)
 
 
 def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -528,21 +593,26 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
         command += [str(tmp_path / f"{name}.ckpt"), str(tmp_path / f"{name}.json")]
         return subprocess.Popen(command, cwd=Path(__file__).parents[1], env=environment)
 
-    undisturbed = start("whole")
     checkpoint, moments = tmp_path / "killed.ckpt", random.Random(0)
-    for _ in range(5):
-        process = start("killed")
-        before = steps_done(checkpoint)
-        while (
-            steps_done(checkpoint) == before
-        ):  # so that each one goes on from the last
+
+    def wait_for_a_checkpoint(process, after):
+        while progress_of(checkpoint).step == after:
             assert process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.2))
+        return time.monotonic()
+
+    undisturbed, interval = start("whole"), None
+    for _ in range(5):
+        process, before = start("killed"), progress_of(checkpoint).step
+        # So that each one goes on from the last.
+        saved = wait_for_a_checkpoint(process, before)
+        if interval is None:  # between two checkpoints, however fast this machine is
+            interval = wait_for_a_checkpoint(process, before + 100) - saved
+        time.sleep(moments.uniform(0, interval))
         assert process.poll() is None, "the run ended before it could be killed"
         process.kill()
         process.wait()
-        assert before < steps_done(checkpoint) < config["steps"]
+        assert before < progress_of(checkpoint).step < config["steps"]
     assert start("killed").wait() == 0
     assert undisturbed.wait() == 0
     whole, killed = (tmp_path / f"{name}.json" for name in ("whole", "killed"))
