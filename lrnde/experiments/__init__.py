@@ -15,26 +15,26 @@ from ._classification import evaluate as evaluate
 from ._classification import MNISTNode as MNISTNode
 from ._classification import MNISTNSDE as MNISTNSDE
 from ._classification import Scores as Scores
+from ._config import Config as Config
+from ._config import DatasetConfig as DatasetConfig
+from ._config import OPTIMIZERS as OPTIMIZERS
+from ._config import REGULARIZERS as REGULARIZERS
+from ._config import SOLVERS as SOLVERS
 from ._physionet import evaluate_series as evaluate_series
 from ._physionet import PhysioNet as PhysioNet
 from ._physionet import SeriesScores as SeriesScores
 from ._physionet import steps_along as steps_along
 from ._physionet import Task as Task
 from ._physionet import tasks as tasks
-from ._run import Config as Config
-from ._run import DatasetConfig as DatasetConfig
-from ._run import load_state as load_state
-from ._run import measure as measure
-from ._run import OPTIMIZERS as OPTIMIZERS
-from ._run import REGULARIZERS as REGULARIZERS
 from ._run import Run as Run
 from ._run import run as run
-from ._run import SOLVERS as SOLVERS
-from ._run import time_predictions as time_predictions
-from ._run import Times as Times
-from ._run import train as train
-from ._run import train_step as train_step
 from ._spiral import Spiral as Spiral
+from ._times import measure as measure
+from ._times import time_predictions as time_predictions
+from ._times import Times as Times
+from ._train import load_state as load_state
+from ._train import train as train
+from ._train import train_step as train_step
 
 EXPERIMENTS: dict[str, type[Config]] = {
     config.experiment: config

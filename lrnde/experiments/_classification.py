@@ -1,6 +1,5 @@
 """Experiments that classify images: MNIST and CIFAR10."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,7 +21,8 @@ from ..models import (
 )
 from ..objectives import accuracy, correct, cross_entropy
 from ..training import Evaluation
-from ._run import check_solved, constant, DatasetConfig, MAX_STEPS
+from ._config import at_least, constant, DatasetConfig
+from ._evaluation import by_part, evaluation_of, in_batches, MAX_STEPS
 
 
 class Scores(NamedTuple):
@@ -37,14 +37,8 @@ def classification(model: eqx.Module, batch, **kwargs) -> Evaluation:
     """The objective of a classifier: cross-entropy, with the accuracy beside it."""
     x, y = batch
     prediction = model(x, **kwargs)
-    return Evaluation(
-        loss=cross_entropy(prediction.logits, y),
-        penalty=prediction.penalty,
-        merits={"accuracy": accuracy(prediction.logits, y)},
-        nfe=prediction.nfe,
-        num_steps=prediction.num_steps,
-        successful=prediction.successful,
-    )
+    merits = {"accuracy": accuracy(prediction.logits, y)}
+    return evaluation_of(cross_entropy(prediction.logits, y), merits, prediction)
 
 
 def _logits(x, key, model):
@@ -57,7 +51,7 @@ def _score(model, x, y, mask, kwargs):
     losses = optax.softmax_cross_entropy_with_integer_labels(prediction.logits, y)
     hits = correct(prediction.logits, y)
     sums = jnp.sum(losses * mask), jnp.sum(hits & mask)
-    return *sums, prediction.nfe, prediction.successful
+    return sums, prediction.nfe, prediction.successful
 
 
 def evaluate(
@@ -85,15 +79,14 @@ def evaluate(
 
     - `RuntimeError` if a solve does not reach its end.
     """
-    loss, hits, nfes = 0.0, 0, []
-    for rows, mask in data.padded_batches(len(x), min(batch_size, len(x))):
-        if key is not None:
-            kwargs["key"] = jr.fold_in(key, len(nfes))
-        out = jax.device_get(_score(model, x[rows], y[rows], mask, kwargs))
-        check_solved(bool(out[3]))
-        loss, hits = loss + float(out[0]), hits + int(out[1])
-        nfes.append(math.nan if out[2] is None else int(out[2]))
-    return Scores(loss / len(x), hits / len(x), sum(nfes) / len(nfes))
+
+    def score(number, rows, mask):
+        own = kwargs if key is None else kwargs | {"key": jr.fold_in(key, number)}
+        return _score(model, x[rows], y[rows], mask, own)
+
+    sums, nfe = in_batches(score, len(x), batch_size)
+    loss, hits = (sum(map(float, column)) for column in zip(*sums, strict=True))
+    return Scores(loss / len(x), hits / len(x), nfe)
 
 
 @dataclass(frozen=True)
@@ -108,10 +101,6 @@ class Classifier(DatasetConfig):
     data_type = data.Dataset
 
     hidden: int = 100
-
-    @classmethod
-    def counts(cls):
-        return (*super().counts(), "hidden")
 
     def batches(self, dataset):
         x, y = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train)
@@ -136,15 +125,12 @@ class Classifier(DatasetConfig):
             "train": (dataset.x_train[head], dataset.y_train[head]),
             "test": (dataset.x_test, dataset.y_test),
         }
-        return {
-            f"{part}_{name}": value
+        settings = self.evaluation()
+        scores = {
+            part: evaluate(model, x, y, self.eval_batch_size, **settings)
             for part, (x, y) in parts.items()
-            for name, value in evaluate(
-                model, x, y, self.eval_batch_size, **self.evaluation()
-            )
-            ._asdict()
-            .items()
         }
+        return by_part(scores)
 
     def prediction(self, dataset) -> tuple[Callable, int]:
         x = jnp.asarray(dataset.x_test[: self.eval_batch_size])
@@ -189,10 +175,6 @@ class MNISTNSDE(Classifier):
     tolerance: float = 0.14
     learning_rate: dict[str, Any] = constant(1e-2)
 
-    @classmethod
-    def counts(cls):
-        return (*super().counts(), "size", "trajectories")
-
     def make_model(self, dataset) -> NeuralSDEClassifier:
         """The untrained model."""
         return NeuralSDEClassifier(
@@ -222,16 +204,14 @@ class CIFAR10(Classifier):
     - `averaging`: Rows and columns of the blocks of pixels that are averaged to one.
     """
 
+    timed_on = (*Classifier.timed_on, "train_size", "averaging")
+
     experiment: str = "cifar10"
     hidden: int = 64
     channels: int = 8
-    train_size: int = 0
+    train_size: int = at_least(0, 0)
     averaging: int = 1
     tolerance: float = 1e-4
-
-    @classmethod
-    def counts(cls):
-        return (*super().counts(), "channels", "averaging")
 
     def load_data(self):
         dataset = super().load_data()

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -22,8 +21,9 @@ from ..objectives import (
     kl_divergence,
     squared_error,
 )
-from ..training import Evaluation, shardings
-from ._run import check_solved, DatasetConfig, MAX_STEPS
+from ..training import shardings
+from ._config import at_least, DatasetConfig
+from ._evaluation import by_part, check_solved, evaluation_of, in_batches, MAX_STEPS
 
 # Of the observed entries, how many interpolation hides from the encoder.
 _HIDDEN = 0.2
@@ -87,7 +87,7 @@ def _score(model, times, x, task, deviation):
     likelihood = gaussian_log_likelihood(out.x, x, task.asked, deviation)
     loss = kl_divergence(*out.posterior) - likelihood
     error = squared_error(out.x, x, task.asked)
-    return loss, error, out.nfe, out.successful
+    return (loss, error), out.nfe, out.successful
 
 
 def evaluate_series(
@@ -112,18 +112,19 @@ def evaluate_series(
 
     - `RuntimeError` if a solve does not reach its end.
     """
-    losses, errors, nfes = [], [], []
-    for rows, mask in data.padded_batches(len(x), min(batch_size, len(x))):
+
+    def score(number, rows, mask):
         part = Task(task.seen[rows], task.asked[rows])
-        out = jax.device_get(_score(model, times, x[rows], part, deviation))
-        loss, error, nfe, successful = out
-        check_solved(bool(successful))
+        found, *cost = _score(model, times, x[rows], part, deviation)
         counted = mask & part.asked.any(axis=(1, 2))
-        losses.append(loss[counted])
-        errors.append(error[counted])
-        nfes.append(nfe)
-    loss, mse = (float(np.concatenate(x).mean(dtype=float)) for x in (losses, errors))
-    return SeriesScores(loss, mse, float(np.mean(nfes)))
+        return [np.asarray(values)[counted] for values in found], *cost
+
+    scores, nfe = in_batches(score, len(x), batch_size)
+    loss, mse = (
+        float(np.concatenate(column).mean(dtype=float))
+        for column in zip(*scores, strict=True)
+    )
+    return SeriesScores(loss, mse, nfe)
 
 
 def steps_along(
@@ -182,23 +183,15 @@ class PhysioNet(DatasetConfig):
     encoder_size: int = 50
     encoder_hidden: int = 40
     deviation: float = 0.01
-    kl_wait: int = 100
+    kl_wait: int = at_least(0, 100)
     kl_rate: float = 0.99
 
     def __post_init__(self):
         super().__post_init__()
         if self.deviation <= 0:
             raise ValueError(f"deviation={self.deviation} must be positive.")
-        if self.kl_wait < 0 or not 0 <= self.kl_rate < 1:
-            raise ValueError(
-                f"kl_wait={self.kl_wait} must not be negative, and "
-                f"kl_rate={self.kl_rate} must be in [0, 1)."
-            )
-
-    @classmethod
-    def counts(cls):
-        sizes = ("latent", "hidden", "depth", "encoder_size", "encoder_hidden")
-        return (*super().counts(), *sizes)
+        if not 0 <= self.kl_rate < 1:
+            raise ValueError(f"kl_rate={self.kl_rate} must be in [0, 1).")
 
     def make_model(self, dataset) -> LatentODE:
         """The untrained model."""
@@ -237,21 +230,15 @@ class PhysioNet(DatasetConfig):
         out = model(times, x, mask, **kwargs)
         likelihood = gaussian_log_likelihood(out.x, x, mask, self.deviation)
         divergence = kl_divergence(*out.posterior)
-        return Evaluation(
-            loss=jnp.mean(kl_weight * divergence - likelihood),
-            penalty=out.penalty,
-            merits={
-                "mse": jnp.mean(squared_error(out.x, x, mask)),
-                "kl": jnp.mean(divergence),
-            },
-            nfe=out.nfe,
-            num_steps=out.num_steps,
-            successful=out.successful,
-        )
+        merits = {
+            "mse": jnp.mean(squared_error(out.x, x, mask)),
+            "kl": jnp.mean(divergence),
+        }
+        return evaluation_of(jnp.mean(kl_weight * divergence - likelihood), merits, out)
 
     def metrics(self, model, dataset):
         head = slice(self.eval_train_size)
-        train = tasks(dataset.times, dataset.mask_train[head])
+        mask = dataset.mask_train[head]
         test = tasks(dataset.times, dataset.mask_test)
 
         def score(x, task):
@@ -260,7 +247,7 @@ class PhysioNet(DatasetConfig):
             )
 
         scores = {
-            "train": score(dataset.x_train[head], train["reconstruction"]),
+            "train": score(dataset.x_train[head], Task(mask, mask)),
             "test": score(dataset.x_test, test["reconstruction"]),
         }
         errors = {
@@ -275,13 +262,8 @@ class PhysioNet(DatasetConfig):
             dataset.mask_test[first],
             _WINDOWS,
         )
-        scores = {
-            f"{part}_{name}": value
-            for part, found in scores.items()
-            for name, value in found._asdict().items()
-        }
         along = {f"test_steps_{k:02}": float(n) for k, n in enumerate(steps, 1)}
-        return scores | errors | along
+        return by_part(scores) | errors | along
 
     def prediction(self, dataset) -> tuple[Callable[[LatentODE], Any], int]:
         head = slice(self.eval_batch_size)

@@ -11,21 +11,15 @@ import jax.tree_util as jtu
 from .. import simulated
 from ..models import SpiralSDE
 from ..objectives import moment_distance
-from ..training import Evaluation, StepBudget
-from ._run import check_solved, Config, constant, MAX_STEPS
+from ..training import StepBudget
+from ._config import at_least, Config, constant
+from ._evaluation import check_solved, evaluation_of, MAX_STEPS
 
 
 def _objective(model, batch, **kwargs):
     y0, times, means, variances = batch
     paths = model(y0, times, **kwargs)
-    return Evaluation(
-        loss=moment_distance(paths.states, means, variances),
-        penalty=paths.penalty,
-        merits={},
-        nfe=paths.nfe,
-        num_steps=paths.num_steps,
-        successful=paths.successful,
-    )
+    return evaluation_of(moment_distance(paths.states, means, variances), {}, paths)
 
 
 # Functions of their own, so that the runs of one process compile them once.
@@ -53,6 +47,8 @@ class Spiral(Config):
     - `evaluations`: Solves that the reported loss is the mean of, each with new noise.
     """
 
+    timed_on = (*Config.timed_on, "times", "trajectories")
+
     experiment: str = "spiral-sde"
     solver: str = "sosri"
     tolerance: float = 0.3
@@ -61,21 +57,10 @@ class Spiral(Config):
     learning_rate: dict[str, Any] = constant(1e-2)
     weight: dict[str, Any] = constant(0.1)
     hidden: int = 50
-    times: int = 30
-    trajectories: int = 100
-    truth: int = 10_000
+    times: int = at_least(2, 30)
+    trajectories: int = at_least(2, 100)
+    truth: int = at_least(2, 10_000)
     evaluations: int = 20
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("times", "trajectories", "truth"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 2.")
-
-    @classmethod
-    def counts(cls):
-        names = "hidden", "times", "trajectories", "truth", "evaluations"
-        return (*super().counts(), *names)
 
     def load_data(self) -> simulated.Moments:
         """True means and variances."""
