@@ -59,13 +59,50 @@ _CURVES = {
     "penalty": ("Penalty", 1, "log"),
 }
 
-# metric: name, factor to its unit, unit, and whether a change is told in per cent of
-# the metric. The first one that records have in common is their figure of merit.
-_MERITS = {
-    "test_accuracy": ("test accuracy", 100, "%", False),
-    "test_mse": ("test error", 1000, "×10⁻³", True),
-    "test_loss": ("test loss", 1, "", True),
-}
+
+class _Merit(NamedTuple):
+    """A figure of merit: what a table, a claim and a figure are about besides cost.
+
+    - `name`: Of its curve; the metrics are `train_<name>` and `test_<name>`.
+    - `title`, `factor`, `unit`: How it is written, with the factor to its unit.
+    - `relative`: Whether a change is told in per cent of it.
+    - `printed`: What the published tables call it on test data.
+    - `column`, `digits`: What ours call it, and their digits after the point.
+    - `tasks`: Others for which there is a metric, `test_<task>_<name>`.
+    """
+
+    name: str
+    title: str
+    factor: int
+    unit: str
+    relative: bool
+    printed: str
+    column: str
+    digits: int
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def test(self) -> str:
+        """The metric on test data."""
+        return f"test_{self.name}"
+
+
+# The first one that records have in common is theirs; all have a loss.
+_MERITS = (
+    _Merit("accuracy", "test accuracy", 100, "%", False, "test acc %", "acc %", 2),
+    _Merit(
+        "mse",
+        "test error",
+        1000,
+        "×10⁻³",
+        True,
+        "test loss x1e-3",
+        "MSE x1e-3",
+        3,
+        ("interpolation", "extrapolation"),
+    ),
+    _Merit("loss", "test loss", 1, "", True, "loss", "loss", 4),
+)
 
 _STYLE = {
     "figure.dpi": 110,
@@ -134,6 +171,11 @@ def _timed_on(record: dict) -> frozenset[str]:
     return frozenset(origin["device"] for origin in origins)
 
 
+def _ratio(ours: float, base: float) -> float:
+    # The first step counts as compilation, so a training of one step took no time.
+    return ours / base if base else math.nan
+
+
 def summary(records: Sequence[dict]) -> dict[str, dict[str, int | float]]:
     """The numbers behind `lrnde.report.table`, unrounded.
 
@@ -159,13 +201,13 @@ def summary(records: Sequence[dict]) -> dict[str, dict[str, int | float]]:
     rows = {method: _row(group) for method, group in groups.items()}
     base = rows.get("vanilla", {})
     for method, row in rows.items():
-        row["nfe_ratio"] = row["test_nfe"] / base.get("test_nfe", math.nan)
+        row["nfe_ratio"] = _ratio(row["test_nfe"], base.get("test_nfe", math.nan))
         setups = _setup(groups[method] + groups.get("vanilla", []))
         comparable = "vanilla" in rows and len(setups) == 1
         seconds = base["predict_seconds"] if comparable else math.nan
-        row["predict_ratio"] = row["predict_seconds"] / seconds
+        row["predict_ratio"] = _ratio(row["predict_seconds"], seconds)
         step = base["train_step_seconds"] if comparable else math.nan
-        row["train_step_ratio"] = row["train_step_seconds"] / step
+        row["train_step_ratio"] = _ratio(row["train_step_seconds"], step)
     return rows
 
 
@@ -186,53 +228,29 @@ def _published(experiment: str, method: str) -> dict[str, str]:
     return {name: cell.replace("±", " ± ") for name, cell in next(rows, {}).items()}
 
 
-def _accuracies(row: dict[str, int | float], published: dict[str, str]):
+def _quality(
+    merit: _Merit, row: dict[str, int | float], published: dict[str, str]
+) -> dict[str, str]:
+    def cell(name):
+        return _cell(row, f"{name}_{merit.name}", merit.factor, merit.digits)
+
     return {
-        "train acc %": _cell(row, "train_accuracy", 100, 2),
-        "test acc %": _cell(row, "test_accuracy", 100, 2),
-        "published test acc %": published.get("test acc %") or EMPTY,
+        f"train {merit.column}": cell("train"),
+        f"test {merit.column}": cell("test"),
+        f"published test {merit.column}": published.get(merit.printed) or EMPTY,
+        **{f"{task} {merit.column}": cell(f"test_{task}") for task in merit.tasks},
     }
-
-
-def _losses(row: dict[str, int | float], published: dict[str, str]):
-    return {
-        "train loss": _cell(row, "train_loss", 1, 4),
-        "test loss": _cell(row, "test_loss", 1, 4),
-        "published loss": published.get("loss") or EMPTY,
-    }
-
-
-def _errors(row: dict[str, int | float], published: dict[str, str]):
-    return {
-        "train MSE x1e-3": _cell(row, "train_mse", 1000, 3),
-        "test MSE x1e-3": _cell(row, "test_mse", 1000, 3),
-        "published test MSE x1e-3": published.get("test loss x1e-3") or EMPTY,
-        "interpolation MSE x1e-3": _cell(row, "test_interpolation_mse", 1000, 3),
-        "extrapolation MSE x1e-3": _cell(row, "test_extrapolation_mse", 1000, 3),
-    }
-
-
-# What a published table calls its figure of merit: how ours stand beside it.
-_QUALITY = {"test acc %": _accuracies, "test loss x1e-3": _errors, "loss": _losses}
-
-
-def _quality(experiment: str, records: Sequence[dict]):
-    if experiment in TABLES:
-        columns = TABLES[experiment][0]
-        return next(_QUALITY[name] for name in _QUALITY if name in columns)
-    own = {"test_mse": _errors, "test_loss": _losses}
-    return own.get(_merit(records), _accuracies) if records else _accuracies
 
 
 def _line(
     records: Sequence[dict],
     row: dict[str, int | float],
     published: dict[str, str],
-    quality,
+    merit: _Merit,
 ) -> dict[str, str]:
     devices = [device for record in records for device in _timed_on(record)]
     return {
-        **quality(row, published),
+        **_quality(merit, row, published),
         "test NFE": _cell(row, "test_nfe", 1, 1),
         "published test NFE": published.get("test NFE") or EMPTY,
         "NFE ratio": _cell(row, "nfe_ratio", 1, 3),
@@ -259,7 +277,7 @@ def table(
 
     - `records`: Records; those of other experiments and tiers are left out.
     - `experiment`: For instance `"mnist-node"`.
-    - `tier`: `"smoke"`, `"cpu"` or `"paper"`.
+    - `tier`: `"smoke"`, `"book"`, `"cpu"` or `"paper"`.
     - `methods`: The methods expected. One without records shows as `missing`.
 
     **Returns:**
@@ -271,13 +289,13 @@ def table(
     pd = import_extra("pandas")
     chosen = [r for r in records if (r["experiment"], r["tier"]) == (experiment, tier)]
     rows, groups = summary(chosen), _by_method(chosen)
-    quality = _quality(experiment, chosen)
+    merit = _merit_of(experiment, chosen)
     lines = {
         method: _line(
             groups.get(method, []),
             rows.get(method, {}),
             _published(experiment, method),
-            quality,
+            merit,
         )
         for method in _ordered([*methods, *rows])
     }
@@ -347,10 +365,16 @@ def settings_table(columns: Mapping[str, Mapping]) -> "pandas.DataFrame":
     return pd.DataFrame(cells, index=pd.Index(names, name="setting"))
 
 
-def _merit(records: Sequence[dict]) -> str:
-    """The figure of merit of records; all have at least a loss."""
-    shared = (n for n in _MERITS if all(n in record["metrics"] for record in records))
-    return next(shared)
+def _merit(records: Sequence[dict]) -> _Merit:
+    """The figure of merit of records."""
+    return next(m for m in _MERITS if all(m.test in r["metrics"] for r in records))
+
+
+def _merit_of(experiment: str, records: Sequence[dict]) -> _Merit:
+    """That of an experiment: the published one, or else that of its records."""
+    if experiment not in TABLES:
+        return _merit(records)
+    return next(m for m in _MERITS if m.printed in TABLES[experiment][0])
 
 
 def findings(records: Sequence[dict]) -> str:
@@ -371,14 +395,14 @@ def findings(records: Sequence[dict]) -> str:
     if base is None:
         return "*Nothing to compare: there are no records of vanilla.*"
     merit = _merit(records)
-    name, factor, unit, relative = _MERITS[merit]
-    nfe, quality = _cell(base, "test_nfe", 1, 1), _cell(base, merit, factor, 3)
-    lines = [f"- *vanilla*: NFE {nfe}, {name} {quality} {unit}".rstrip() + "."]
+    test, title, factor = merit.test, merit.title, merit.factor
+    nfe, quality = _cell(base, "test_nfe", 1, 1), _cell(base, test, factor, 3)
+    lines = [f"- *vanilla*: NFE {nfe}, {title} {quality} {merit.unit}".rstrip() + "."]
     for method, row in rows.items():
-        gap = factor * (row[merit] - base[merit])
+        gap = factor * (row[test] - base[test])
         change = f"{gap:+z.2f} points"
-        if relative:
-            change = f"{100 * gap / (factor * base[merit]):+z.1f} %"
+        if merit.relative:
+            change = f"{100 * gap / (factor * base[test]):+z.1f} %"
         costs = [
             f"{row[ratio]:.3f} times {what}"
             for ratio, what in (
@@ -388,7 +412,7 @@ def findings(records: Sequence[dict]) -> str:
             )
             if not math.isnan(row[ratio])
         ]
-        lines.append(f"- *{method}*: {', '.join(costs)}; {name} {change}.")
+        lines.append(f"- *{method}*: {', '.join(costs)}; {title} {change}.")
     return "\n".join(lines)
 
 
@@ -584,11 +608,12 @@ def _prediction_time(experiment, method, records):
     return published, *(here if alike else (math.nan, math.nan))
 
 
-def _loss_of_accuracy(experiment, method, records):
-    """How many points of accuracy are lost to vanilla."""
-    ours, vanilla = _printed(experiment, method, ["test acc %"])
-    pair = _paired(records, method, "test_accuracy")
-    lost = 100 * (pair.vanilla - pair.ours)
+def _lost_points(experiment, method, records):
+    """How many points are lost to vanilla."""
+    merit = _merit_of(experiment, records)
+    ours, vanilla = _printed(experiment, method, [merit.printed])
+    pair = _paired(records, method, merit.test)
+    lost = merit.factor * (pair.vanilla - pair.ours)
     here = (
         (float(np.mean(lost)), _standard_error(lost)) if len(lost) else 2 * [math.nan]
     )
@@ -597,17 +622,16 @@ def _loss_of_accuracy(experiment, method, records):
 
 def _growth_of_error(experiment, method, records):
     """By how many per cent the error is larger than vanilla's."""
-    ours, vanilla = _printed(experiment, method, ["test loss x1e-3", "loss"])
-    names = {name for record in records for name in record["metrics"]}
-    name = "test_mse" if "test_mse" in names else "test_loss"
-    here, error = _factor(_paired(records, method, name))
+    merit = _merit_of(experiment, records)
+    ours, vanilla = _printed(experiment, method, [merit.printed])
+    here, error = _factor(_paired(records, method, merit.test))
     return 100 * (ours / vanilla - 1), 100 * (here - 1), 100 * error
 
 
 def _claims_of(experiment: str) -> dict[str, tuple]:
     """Quantity: what is claimed of it, how that is judged, and how it is written."""
-    quality = {"accuracy lost (points)": (_loss_of_accuracy, _quality_verdict, "+z.2f")}
-    if "test acc %" not in TABLES[experiment][0]:
+    quality = {"accuracy lost (points)": (_lost_points, _quality_verdict, "+z.2f")}
+    if _merit_of(experiment, []).relative:
         quality = {"error added (%)": (_growth_of_error, _quality_verdict, "+z.1f")}
     return {
         "NFE": (_costs("test_nfe", ["test NFE"]), _cost_verdict, ".3f"),
@@ -638,7 +662,7 @@ def claims(
 
     - `records`: Records; those of other experiments and tiers are left out.
     - `experiment`: For instance `"mnist-node"`.
-    - `tier`: `"smoke"`, `"cpu"` or `"paper"`.
+    - `tier`: `"smoke"`, `"book"`, `"cpu"` or `"paper"`.
     - `methods`: The methods to judge, but for vanilla.
 
     **Returns:**
@@ -775,10 +799,7 @@ def learning_curves(
     colour.
     """
     if quantity is None:
-        logs = [record["curves"] for record in records]
-        names = ("accuracy", "mse")
-        shared = [name for name in names if all(name in log for log in logs)]
-        quantity = ("nfe", (*shared, "loss")[0])
+        quantity = ("nfe", _merit(records).name)
     for name in set(quantity) - set(_CURVES):
         raise ValueError(f"unknown quantity {name!r}; known: {', '.join(_CURVES)}")
     groups = _by_method(records)
@@ -829,16 +850,15 @@ def pareto(records: Sequence[dict]) -> "matplotlib.figure.Figure":
     """
     groups = _by_method(records)
     merit = _merit(records)
-    name, factor, unit, _ = _MERITS[merit]
-    label = f"{name.capitalize()} ({unit})" if unit else name.capitalize()
+    label = merit.title.capitalize() + (f" ({merit.unit})" if merit.unit else "")
     size = (7.0, 3.8) if len(groups) > _LONG else (4.6, 3.2)
     with _new_figure(1, size) as (figure, (axes,)):
         axes.set(xlabel="Test NFE", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         for method, group in groups.items():
             nfe = [record["metrics"]["test_nfe"] for record in group]
-            merits = [factor * record["metrics"][merit] for record in group]
-            color, marker = _color(method), _MARKERS.get(method, "o")
+            merits = [merit.factor * r["metrics"][merit.test] for r in group]
+            color, marker = _color(method), _MARKERS[method]
             look = {"facecolors": (color, 0.6), "edgecolors": "0.2", "linewidths": 0.6}
             axes.scatter(nfe, merits, s=48, marker=marker, label=method, **look)
         _legend(figure, [axes])
