@@ -190,44 +190,40 @@ _SAME_SHAPE = ("clamp", "max", "min", "select_n")
 def _in_known_operations(function, *args):
     """The same function without calls and custom derivatives, which stop `jet`."""
     closed = jax.make_jaxpr(function)(*args)
-    return lambda *args: _run(closed.jaxpr, closed.consts, args)
+    return lambda *args: _evaluate(closed.jaxpr, closed.consts, args)
 
 
-def _run(jaxpr: Jaxpr, consts, args):
+def _evaluate(jaxpr: Jaxpr, consts, args) -> list:
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
     def read(x):
         return x.val if isinstance(x, Literal) else values[x]
 
     for eqn in jaxpr.eqns:
-        inputs = [read(x) for x in eqn.invars]
-        if eqn.primitive.name in _CALLS:
-            called = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-            inner, consts = (
-                getattr(called, "jaxpr", called),
-                getattr(called, "consts", []),
-            )
-            outputs = _run(inner, consts, inputs)
-        elif eqn.primitive.name in _SAME_SHAPE:
-            shape = eqn.outvars[0].aval.shape
-            inputs = [
-                lax.broadcast(x, shape[: len(shape) - jnp.ndim(x)]) for x in inputs
-            ]
-            outputs = [eqn.primitive.bind(*inputs, **eqn.params)]
-        elif _is_remainder(eqn):
-            # Taylor mode rounds the quotient down, also where it is negative.
-            quotient = inputs[0] / inputs[1]
-            whole = lax.sign(quotient) * lax.floor(lax.abs(quotient))
-            outputs = [inputs[0] - whole * inputs[1]]
-        elif _is_whole_power(eqn):
-            # Taylor mode takes a power for the exponential of a logarithm, which is
-            # wrong for what is negative.
-            outputs = [lax.integer_pow(inputs[0], int(inputs[1]))]
-        else:
-            outputs = eqn.primitive.bind(*inputs, **eqn.params)
-            outputs = outputs if eqn.primitive.multiple_results else [outputs]
+        outputs = _apply(eqn, [read(x) for x in eqn.invars])
         values |= dict(zip(eqn.outvars, outputs, strict=True))
     return [read(x) for x in jaxpr.outvars]
+
+
+def _apply(eqn, inputs: list) -> list:
+    if eqn.primitive.name in _CALLS:
+        called = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+        inner, consts = getattr(called, "jaxpr", called), getattr(called, "consts", [])
+        return _evaluate(inner, consts, inputs)
+    if eqn.primitive.name in _SAME_SHAPE:
+        shape = eqn.outvars[0].aval.shape
+        inputs = [lax.broadcast(x, shape[: len(shape) - jnp.ndim(x)]) for x in inputs]
+    if _is_remainder(eqn):
+        # Taylor mode rounds the quotient down, also where it is negative.
+        quotient = inputs[0] / inputs[1]
+        whole = lax.sign(quotient) * lax.floor(lax.abs(quotient))
+        return [inputs[0] - whole * inputs[1]]
+    if _is_whole_power(eqn):
+        # Taylor mode takes a power for the exponential of a logarithm, which is wrong
+        # for what is negative.
+        return [lax.integer_pow(inputs[0], int(inputs[1]))]
+    outputs = eqn.primitive.bind(*inputs, **eqn.params)
+    return outputs if eqn.primitive.multiple_results else [outputs]
 
 
 def _is_remainder(eqn) -> bool:

@@ -94,10 +94,9 @@ def _restart(world: World, step: Step, noise, sampling, key) -> Step:
         interpolation = solver.interpolation_cls(
             t0=step.t0, t1=step.t1, **taken.dense_info
         )
-        start = t, interpolation.evaluate(t)
+        y = interpolation.evaluate(t)
     else:
-        start = step.t0, step.y0
-    t, y = start
+        t, y = step.t0, step.y0
     tnext, _ = controller.init(
         _plain(terms), t, t_end, y, None, args, solver.func, solver.error_order(terms)
     )

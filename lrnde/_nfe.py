@@ -1,5 +1,7 @@
 """How many vector field evaluations a solve has cost."""
 
+from typing import NamedTuple
+
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
@@ -31,11 +33,12 @@ def evaluates_first_stage(
     return jnp.array(True)
 
 
-class _Cost:
+class _Cost(NamedTuple):
     """Evaluations: once a solve, a step, and a step whose first stage is not reused."""
 
-    def __init__(self, solve: int, step: int, first_stage: int):
-        self.solve, self.step, self.first_stage = solve, step, first_stage
+    solve: int = 0
+    step: int = 0
+    first_stage: int = 0
 
 
 def _solver_costs(solver: diffrax.AbstractSolver) -> tuple[_Cost, _Cost] | None:
@@ -43,9 +46,9 @@ def _solver_costs(solver: diffrax.AbstractSolver) -> tuple[_Cost, _Cost] | None:
 
     For an ordinary differential equation they are the same.
     """
+    # First of all, since it passes for an instance of its solver's class, too.
     if isinstance(solver, diffrax.HalfSolver):
         costs = _solver_costs(solver.solver)
-        # First of all: it passes for an instance of its solver's class, too.
         # Two half steps and a whole one. The second half step follows the first, so
         # it has no first stage to evaluate anew.
         return costs and tuple(
@@ -54,13 +57,13 @@ def _solver_costs(solver: diffrax.AbstractSolver) -> tuple[_Cost, _Cost] | None:
     if isinstance(solver, AbstractSRI):
         tableau = solver.tableau
         return (
-            _Cost(0, tableau.drift_evaluations, 0),
-            _Cost(0, tableau.diffusion_evaluations, 0),
+            _Cost(step=tableau.drift_evaluations),
+            _Cost(step=tableau.diffusion_evaluations),
         )
     if isinstance(solver, diffrax.AbstractSRK):
         return _srk_costs(solver.tableau)
     if isinstance(solver, diffrax.EulerHeun):
-        return _Cost(0, 1, 0), _Cost(0, 2, 0)
+        return _Cost(step=1), _Cost(step=2)
     cost = _solver_cost(solver)
     return cost and (cost, cost)
 
@@ -75,26 +78,23 @@ def _srk_costs(tableau: diffrax.StochasticButcherTableau) -> tuple[_Cost, _Cost]
     # The diffusion of additive noise depends on time alone, so its ends suffice.
     additive = tableau.is_additive_noise()
     diffusion = 2 if additive else evaluations(tableau.ignore_stage_g)
-    return _Cost(0, drift, 0), _Cost(0, diffusion, 0)
+    return _Cost(step=drift), _Cost(step=diffusion)
 
 
 def _solver_cost(solver: diffrax.AbstractSolver) -> _Cost | None:
     if isinstance(solver, diffrax.AbstractImplicitSolver):
         # How often the root finder calls the vector field is not visible from outside.
         return None
-    if isinstance(solver, AbstractExplicitRungeKutta):
-        fsal = int(solver.tableau.fsal)
-        return _Cost(fsal, solver.tableau.num_stages - fsal, fsal)
-    if isinstance(solver, diffrax.AbstractRungeKutta):
-        tableau = solver.tableau
-        if not isinstance(tableau, diffrax.ButcherTableau):
-            return None
+    tableau = getattr(solver, "tableau", None)
+    if isinstance(tableau, diffrax.ButcherTableau):
         fsal = int(tableau.fsal)
-        return _Cost(0, tableau.num_stages - fsal, fsal)
+        # Ours evaluates the first stage of a solve before its first step.
+        before = fsal if isinstance(solver, AbstractExplicitRungeKutta) else 0
+        return _Cost(before, tableau.num_stages - fsal, fsal)
     if isinstance(solver, diffrax.ReversibleHeun):
         return _Cost(1, 1, 1)
     if isinstance(solver, diffrax.Euler | diffrax.LeapfrogMidpoint):
-        return _Cost(0, 1, 0)
+        return _Cost(step=1)
     return None
 
 

@@ -105,7 +105,7 @@ def _pairs(regularizer: Regularizers) -> list[tuple[Any, AbstractRegularizer]]:
         return []
     several = isinstance(regularizer, list | tuple) and not _is_pair(regularizer)
     given = regularizer if several else [regularizer]
-    pairs = [x if isinstance(x, tuple) and len(x) == 2 else (1, x) for x in given]
+    pairs = [x if _is_pair(x) else (1, x) for x in given]
     for weight, x in pairs:
         if not isinstance(x, _KINDS):
             raise TypeError(
@@ -126,7 +126,7 @@ def _pairs(regularizer: Regularizers) -> list[tuple[Any, AbstractRegularizer]]:
 
 def _is_pair(x) -> bool:
     """Whether it is a weight and a regularizer, and not two regularizers."""
-    pair = isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], _KINDS)
+    pair = isinstance(x, tuple) and len(x) == 2
     return pair and not isinstance(x[0], (*_KINDS, tuple))
 
 

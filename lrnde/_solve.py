@@ -1,7 +1,6 @@
 """`lrnde.diffeqsolve`: `diffrax.diffeqsolve` with regularizers."""
 
 import warnings
-from functools import partial
 from typing import Any
 
 import diffrax
@@ -89,9 +88,11 @@ def diffeqsolve(
     - `ValueError`: if there is no key for a regularizer that draws random numbers; if a
         regularizer measures steps and the step size controller does not adapt them; if
         the controller adapts and the solver estimates no error; if the adjoint or a
-        `solver_state` does not go with a regularizer.
+        `solver_state` does not go with a regularizer or a `lrnde.BrownianPath`; if
+        `dt0` leads away from `t1`.
     - `TypeError`: if `regularizer` is not a regularizer, or does not work with this
-        kind of solver or terms.
+        kind of solver or terms, or does not measure a single number; if a weight is not
+        a single real number, or `key` not one key.
     - Whatever `diffrax.diffeqsolve` raises.
     """
     plan = make_plan(regularizer, key)
@@ -161,10 +162,11 @@ def diffeqsolve(
     integrals = totals = ()
     if plan.integrals:
         sol, integrals = read_integrals(sol, adjoint)
-    state, solver_state = sol.controller_state, sol.solver_state
+    solver_state, noise = sol.solver_state, [None] * len(plan.local)
     if path is not None:
         solver_state, memory = solver_state
         sol = _check_memory(sol, memory.overflowed, throw)
+        noise = memory.samples
     if plan.sums:
         solver_state, totals = solver_state
     terms, controller = _as_diffrax_sees_them(terms, stepsize_controller, direction)
@@ -178,25 +180,23 @@ def diffeqsolve(
         y0,
         args,
         sol.stats["num_steps"],
-        state.first_stages if adaptive else jnp.minimum(first, sol.stats["num_steps"]),
+        sol.controller_state.first_stages
+        if adaptive
+        else jnp.minimum(first, sol.stats["num_steps"]),
         resumed=resumed,
     )
-    measured = [x * direction for x in integrals]
+    penalty = jnp.zeros((), t0.dtype)
+    for item, x in zip(plan.integrals, integrals, strict=True):
+        penalty = penalty + item.weight * (x * direction)
     for item, total in zip(plan.sums, totals, strict=True):
-        accepted = sol.stats["num_accepted_steps"]
-        measured.append(item.regularizer.finish(total, accepted))
+        x = item.regularizer.finish(total, sol.stats["num_accepted_steps"])
+        penalty = penalty + item.weight * x
     if plan.local:
         taker = _prepare_solver(solver, controller, adjoint)
         world = World(terms, taker, controller, args, path, t1 * direction)
-        noise = [None] * len(plan.local) if path is None else memory.samples
-        measured += map(
-            partial(local_penalty, world), plan.local, state.reservoirs, noise
-        )
-    penalty = jnp.zeros((), t0.dtype)
-    for item, x in zip(
-        (*plan.integrals, *plan.sums, *plan.local), measured, strict=True
-    ):
-        penalty = penalty + item.weight * x
+        reservoirs = sol.controller_state.reservoirs
+        for item, *sample in zip(plan.local, reservoirs, noise, strict=True):
+            penalty = penalty + item.weight * local_penalty(world, item, *sample)
     sol = _finish(sol, saveat, solver_state, adaptive, nfe)
     return sol, penalty
 

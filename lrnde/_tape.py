@@ -248,13 +248,21 @@ class _Splits:
         self._length = 0
 
     def padded(self, tape: list[Array]) -> list[Array]:
+        if len(tape) > self._length:
+            raise NotImplementedError(
+                f"A step saves {len(tape)} arrays for its derivative, where at most "
+                f"{self._length} were expected. Use "
+                "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
+            )
         return [*tape, *[jnp.zeros(0)] * (self._length - len(tape))]
 
     def make(self, body_fun, val, perturbed) -> _Body:
-        if not self._bodies:
-            # The bodies that we counted left 0.4 residuals an operation at most.
-            self._length = 2 * _operations(_jaxpr_of(body_fun, val))
         body = _split(body_fun, val, *perturbed)
+        if not self._bodies:
+            # The bodies that we counted left 0.4 residuals an operation at most; a
+            # derivative of somebody's own may leave any number.
+            operations = _operations(_jaxpr_of(body_fun, val))
+            self._length = 2 * max(operations, len(body.columns))
         return self._bodies.setdefault(self._key(perturbed), body)
 
     def found(self, perturbed) -> _Body:
