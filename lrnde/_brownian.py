@@ -61,9 +61,12 @@ class BrownianPath(diffrax.AbstractBrownianPath):
 
     **Raises:**
 
-    - `ValueError` if used outside `lrnde.diffeqsolve`, with an adjoint other than
-        `lrnde.TapeAdjoint` and `diffrax.RecursiveCheckpointAdjoint`, with a solver that
-        is refused, or with a `solver_state` of an earlier solve.
+    - `TypeError` if `shape` is neither of the two.
+    - `ValueError` for another `levy_area` or a `memory` below 1; if used outside
+        `lrnde.diffeqsolve`, twice in one solve, with an adjoint other than
+        `lrnde.TapeAdjoint` and `diffrax.RecursiveCheckpointAdjoint`, with an implicit
+        solver, `diffrax.HalfSolver` or `diffrax.LeapfrogMidpoint`, or with a
+        `solver_state` of an earlier solve.
     """
 
     shape: PyTree[jax.ShapeDtypeStruct] = eqx.field(static=True)

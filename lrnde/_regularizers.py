@@ -20,10 +20,11 @@ from ._sampling import SAMPLINGS, scaled_error
 class TakenStep(NamedTuple):
     """One step of a solver and all that it produced.
 
-    `terms`, `solver` and `args` are as the solver saw them; the step leads from the
-    state `y0` at `t0` to `y1` at `t1`, with the embedded error `y_error`. `dense_info`
-    is what the solver keeps for its interpolation; with a Runge-Kutta method its `"k"`
-    has the derivatives at the stages, times `t1 - t0`.
+    `terms`, `solver` and `args` are as the solver saw them; `lrnde.scaled_error` takes
+    the tolerances and the norm of `controller`. The step leads from the state `y0` at
+    `t0` to `y1` at `t1`, with the embedded error `y_error`. `dense_info` is what the
+    solver keeps for its interpolation; with a Runge-Kutta method its `"k"` has the
+    derivatives at the stages, times `t1 - t0`.
     """
 
     terms: PyTree[diffrax.AbstractTerm]

@@ -74,6 +74,11 @@ class AbstractSRI(diffrax.AbstractAdaptiveSolver, diffrax.AbstractItoSolver):
 
     Subclasses give a `tableau`. The stages are written out, as in
     `lrnde.AbstractExplicitRungeKutta`.
+
+    **Raises:**
+
+    - `ValueError`, in a step, if the path does not know its space-time Levy area, or
+        the noise is neither diagonal nor a single Brownian motion.
     """
 
     term_structure: ClassVar = diffrax.MultiTerm[

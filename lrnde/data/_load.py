@@ -15,7 +15,7 @@ from ._sources import SOURCES
 
 
 def _oscillators() -> TimeSeries:
-    # Made, not read: only who asks for it waits for what it is made with.
+    # Not above: `simulated` makes a `TimeSeries`, and so needs this package first.
     from ..simulated import oscillators
 
     return oscillators()
