@@ -46,8 +46,9 @@ def test_three_ways_to_write_a_field():
         )
 
 
-@pytest.mark.parametrize("problem", [mlp(3), conv(3)], ids=["mlp", "conv"])
-def test_torch_has_the_same_field(problem):
+@pytest.mark.parametrize("make", [mlp, conv])
+def test_torch_has_the_same_field(make):
+    problem = make(3)
     torch = pytest.importorskip("torch", reason="needs the extra `bench`")
     torch_contenders = pytest.importorskip("benchmarks.torch_contenders")
     field, y0 = torch_contenders._translate(problem, torch.device("cpu"))

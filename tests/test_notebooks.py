@@ -31,13 +31,24 @@ def check_first_look(results):
 
 def check_adaptive_solvers(results):
     assert abs(results["order_slope"] - 5) < 0.5
+    assert abs(results["local_slope"] - 6) < 0.5
+    assert abs(results["estimate_slope"] - 5) < 0.5
+    # The solver that the chapter writes takes the steps of diffrax's.
+    assert results["step_difference"] < 1e-9
+    assert results["step_time_difference"] < 1e-9
+    assert results["nfe"] == results["nfe_by_formula"]
+    assert results["stability_residual"] < 1e-9
+    assert results["stiffness_difference"] < 1e-9
     assert results["robertson_steps"] > 20
 
 
 def check_local_regularization(results):
-    assert abs(results["unbiased_z"]) < 4
-    assert abs(results["biased_z"]) < 4
+    deviations = [results[f"{name}_z"] for name in ("unbiased", "biased", "error")]
+    deviations += [results["stiffness_z"], *results["gradient_z"]]
+    assert all(abs(z) < 4 for z in deviations)
     assert results["gradient_relative_error"] < 1e-4
+    assert results["gradient_initial_state"] == 0
+    assert results["step_mismatch"] < 1e-6
 
 
 def check_adjoints_and_memory(results):

@@ -1,5 +1,6 @@
 """Batches divided over devices and processes: the same training as on one device."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -146,13 +147,20 @@ def test_as_on_one_device(name, method, double, rtol):
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_ENABLE_X64": double}
     command = [sys.executable, "-c", TRAIN, name, method, rtol]
     root = Path(__file__).parents[1]
-    subprocess.run(command, cwd=root, env=environment, check=True)
+    subprocess.run(command, cwd=root, env=environment, check=True, timeout=300)
+
+
+def free_port() -> str:
+    """Below those that systems hand out by themselves, so that nobody else gets it."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with contextlib.suppress(OSError), socket.socket() as found:
+            found.bind(("127.0.0.1", port))
+            return str(port)
+    raise RuntimeError("no free port")
 
 
 def test_processes_stop_together_and_go_on_together(tmp_path):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
+    port = free_port()
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
     environment = {"XLA_FLAGS": flags, "JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
     processes = [
