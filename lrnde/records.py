@@ -190,12 +190,12 @@ def provenance(precision: str, devices: int = 1) -> dict:
 
     **Returns:**
 
-    The dictionary of `here`, with `precision`.
+    The dictionary of `whereabouts`, with `precision`.
     """
-    return here(devices) | {"precision": precision}
+    return whereabouts(devices) | {"precision": precision}
 
 
-def here(devices: int = 1) -> dict:
+def whereabouts(devices: int = 1) -> dict:
     """Says on what machine, with what code, and when.
 
     **Arguments:**

@@ -259,12 +259,12 @@ def run(
     for config in configs:
         _guard(config)
     # This also takes note of the commit before it may change.
-    origin = records.here(jax.device_count() if shard else 1)
+    origin = records.whereabouts(jax.device_count() if shard else 1)
     if missing(configs):
         print(_first_line(origin), flush=True)
     code, unavailable = 0, set()  # data sets
-    for config in missing(configs):
-        if getattr(config, "dataset", "") in unavailable:
+    for config in configs:
+        if record_of(config).exists() or getattr(config, "dataset", "") in unavailable:
             continue
         if time.monotonic() > deadline:
             return code or STOPPED
@@ -325,6 +325,10 @@ def _run_one(config: Config, deadline: float, shard: bool) -> str | None:
     return f"{time.monotonic() - started:.0f} s, {', '.join(figures)}"
 
 
+class NotMeasured(RuntimeError):
+    """Times cannot be measured; the message says why."""
+
+
 def measure(configs: Sequence[Config]) -> None:
     """Times all finished runs, those of an experiment side by side, for their records.
 
@@ -332,26 +336,28 @@ def measure(configs: Sequence[Config]) -> None:
 
     **Raises:**
 
-    - `ValueError` if runs are in progress, which would take their share of the time;
+    - `NotMeasured` if runs are in progress, which would take their share of the time;
         naming all of them, if runs were made on another device, or their trained models
         are not at hand, or are not those that were evaluated.
+    - `lrnde.data.DataError` if the data cannot be had; `ValueError` if runs of an
+        experiment differ in what they are timed on.
     - `TrainingError` if a checkpoint is damaged, or of another version of lrnde.
     """
     with _measurement():
         if busy := in_progress():
-            raise ValueError(
+            raise NotMeasured(
                 f"{', '.join(busy)} in progress: a busy machine gives no times. "
                 "Measure when nothing runs."
             )
         done = [config for config in configs if record_of(config).exists()]
         if not done:
             print("nothing to measure: none of these runs has a record")
-        here = records.here()
+        here = records.whereabouts()
         origin = {name: here[name] for name in records.MEASURED}
         found = [(c, _unmeasurable(c, here["device"])) for c in done]
         if problems := [f"{title(c)}: {why}" for c, why in found if why]:
             rest = "Choose others with --method and --seed, if only these cannot be."
-            raise ValueError("\n".join(["nothing was measured.", *problems, rest]))
+            raise NotMeasured("\n".join(["nothing was measured.", *problems, rest]))
         for group in _by_experiment(done).values():
             _measure_side_by_side(group, origin)
 
@@ -436,7 +442,7 @@ def show(configs: Sequence[Config], all_of_them: bool) -> None:
             if all_of_them or state != "done":
                 print(f"  {config.name}: {state}")
         left += to_do
-    print(_outlook(left, records.here()["device"], helping=False))
+    print(_outlook(left, records.whereabouts()["device"], helping=False))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -471,25 +477,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--measure runs to its end: leave out --max-minutes")
     deadline = time.monotonic() + 60 * options.max_minutes
     try:
-        return _do(options, deadline)
-    except (FileNotFoundError, FileExistsError, ValueError, TrainingError) as error:
+        configs = _chosen(options)
+    except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-
-
-def _do(options: argparse.Namespace, deadline: float) -> int:
-    configs = _chosen(options)
     if options.list or options.missing:
         show(configs, all_of_them=options.list)
         return 0
-    if options.measure:
-        measure(configs)
-        return 0
-    for config in missing(configs) if options.shard else ():
-        try:
-            config.sharding()
-        except ValueError as error:
-            raise ValueError(f"{title(config)} with --shard: {error}") from error
-    return run(configs, deadline, options.shard)
+    try:
+        if options.measure:
+            measure(configs)
+            return 0
+        return run(configs, deadline, options.shard)
+    except (FileExistsError, NotMeasured, TrainingError, DataError) as error:
+        parser.error(str(error))
 
 
 def _chosen(options: argparse.Namespace) -> list[Config]:
@@ -507,6 +507,11 @@ def _chosen(options: argparse.Namespace) -> list[Config]:
                 f"{', '.join(map(str, sorted(there)))}"
             )
         configs = [config for config in configs if getattr(config, name) in chosen]
+    for config in missing(configs) if options.shard else ():
+        try:
+            config.sharding()
+        except ValueError as error:
+            raise ValueError(f"{title(config)} with --shard: {error}") from error
     return configs
 
 

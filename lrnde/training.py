@@ -87,7 +87,8 @@ def schedule(spec: dict[str, Any], steps: int) -> optax.Schedule:
             end = spec["end"] / spec["start"]
             return optax.cosine_decay_schedule(spec["start"], steps, end)
         case "inverse":
-            return lambda step: spec["start"] / (1 + spec["rate"] * step)
+            start, rate = spec["start"], spec["rate"]
+            return lambda step: start / (1 + rate * step)
 
 
 _NUMBERS = {
@@ -230,9 +231,9 @@ class State:
     - `step`: Training steps done.
     - `budget`: The step budget.
     - `history`: The learning curves.
-    - `seconds`: Wall time of all other training steps.
-    - `compile_seconds`: Wall time of the first training step at each step budget, which
-        is compiled unless another training did that.
+    - `seconds`: Wall time of the training steps but the first at each step budget.
+    - `compile_seconds`: Wall time of these, which are compiled unless another training
+        did that.
     - `origins`: Where the training took place: the `origin` of `fit`, one a process.
     """
 
@@ -246,14 +247,9 @@ class State:
     origins: list[dict[str, Any]] = field(default_factory=list)
 
 
-def new_state(
-    model: PyTree,
-    optimizer: optax.GradientTransformation,
-    budget: StepBudget | None = None,
-) -> State:
+def new_state(model: PyTree, optimizer: optax.GradientTransformation) -> State:
     """The state before the first training step."""
-    params = eqx.filter(model, eqx.is_inexact_array)
-    return State(model, optimizer.init(params), budget=budget or StepBudget())
+    return State(model, optimizer.init(eqx.filter(model, eqx.is_inexact_array)))
 
 
 def save_checkpoint(path: Path, state: State, identity: str) -> None:
@@ -363,7 +359,7 @@ class Progress(NamedTuple):
 
 
 def progress_of(path: Path) -> Progress:
-    """How far a checkpoint is; not a step, if there is none.
+    """How far a checkpoint is: at step 0 and without curves, if there is no such file.
 
     **Raises:**
 
@@ -578,7 +574,9 @@ def _on_all_devices(tree: PyTree, sharding: PyTree[NamedSharding] | None) -> PyT
     return eqx.filter_shard(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def _check_start(state: State, steps: int, checkpoint, processes: _Processes) -> None:
+def _check_start(
+    state: State, steps: int, checkpoint: Path | None, processes: _Processes
+) -> None:
     if not processes.agree(state.step):
         raise TrainingError(f"the processes do not see the same {checkpoint}.")
     if state.step > steps:
@@ -698,8 +696,9 @@ def fit(
     if not callable(weight):
         weight = optax.constant_schedule(weight)
     checkpoint = None if checkpoint is None else Path(checkpoint)
-    # A budget of its own: that of the caller may be used again.
-    state = new_state(model, optimizer, replace(budget) if budget else None)
+    state = new_state(model, optimizer)
+    if budget is not None:
+        state.budget = replace(budget)  # that of the caller may be used again
     if checkpoint is not None and checkpoint.exists():
         state = load_checkpoint(checkpoint, state, identity)
     processes = _Processes(sharding)

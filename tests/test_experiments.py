@@ -1,7 +1,7 @@
 """What all experiments have in common: their settings and their evaluation."""
 
 import math
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pytest
@@ -31,6 +31,18 @@ def test_a_whole_number_is_whole_and_has_a_least_value(experiment, name):
         with pytest.raises(ValueError, match=f"{name}={value!r} must be a whole num"):
             with_setting(experiment, name, value)
     with_setting(experiment, name, 2)
+
+
+def test_a_least_value_is_inherited():
+    @dataclass(frozen=True)
+    class Mine(experiments.PhysioNet):
+        least = experiments.PhysioNet.least | {"extra": 5}
+        kl_wait: int = 0
+        extra: int = 5
+
+    assert Mine().kl_wait == 0
+    with pytest.raises(ValueError, match="extra=4 must be .* at least 5"):
+        Mine(extra=4)
 
 
 @given(examples=st.integers(1, 40), batch_size=st.integers(1, 50))

@@ -72,6 +72,7 @@ def test_runs_are_recorded_measured_and_not_repeated(tiny, monkeypatch, capsys):
 
     monkeypatch.setattr(experiments, "run", None)  # would fail if it were called
     assert run.main(arguments) == 0
+    assert run.main([*arguments, "--max-minutes", "0"]) == 0  # nothing is left to do
     capsys.readouterr()
     assert run.main([*arguments, "--list"]) == 0
     assert capsys.readouterr().out.count("done") == 2
@@ -89,8 +90,8 @@ def test_runs_are_recorded_measured_and_not_repeated(tiny, monkeypatch, capsys):
 
     # Times of this machine do not go into the record of another one.
     tiny.write_text(SETTINGS)
-    elsewhere = records.here() | {"device": "other"}
-    monkeypatch.setattr(records, "here", lambda *_: elsewhere)
+    elsewhere = records.whereabouts() | {"device": "other"}
+    monkeypatch.setattr(records, "whereabouts", lambda *_: elsewhere)
     assert "measure it there" in refused([*arguments, "--measure"])
 
 
@@ -187,7 +188,7 @@ def test_no_run_starts_while_times_are_measured(tiny, monkeypatch, capsys):
 
     monkeypatch.setattr(experiments, "run", lambda config, **_: started.append(config))
     monkeypatch.setattr(run, "_wait_for_measurement", noted)
-    records.here()  # asks for the commit once, which takes its time
+    records.whereabouts()  # asks for the commit once, which takes its time
     with run._measurement():
         assert run.main(["--tier", "tiny", "--max-minutes", "0.005"]) == run.STOPPED
         assert "waits for the end of a measurement" in capsys.readouterr().out

@@ -98,6 +98,16 @@ def test_schedules_start_and_end_where_they_should(start, end, steps):
     np.testing.assert_allclose(inverse(steps), start / (1 + end * steps), rtol=1e-6)
 
 
+def test_a_schedule_does_not_change_with_what_it_was_made_from():
+    for spec in (
+        {"kind": "inverse", "start": 1.0, "rate": 0.5},
+        {"kind": "cosine", "start": 1.0, "end": 0.5},
+    ):
+        value = schedule(spec, 10)
+        spec["start"] = 5.0
+        assert value(0) == 1
+
+
 @pytest.mark.parametrize(
     ("spec", "says"),
     [

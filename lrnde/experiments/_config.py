@@ -62,18 +62,12 @@ def constant(value: float):
     return field(default_factory=lambda: {"kind": "constant", "value": value})
 
 
-def at_least(least: int, default: int):
-    """A field of a configuration that holds a whole number; others begin at 1."""
-    return field(default=default, metadata={"least": least})
-
-
-def _check_number(setting: Field, value: Any) -> None:
+def _check_number(setting: Field, value: Any, least: int) -> None:
     if setting.type is float and not isinstance(value, int | float):
         raise ValueError(
             f"{setting.name}={value!r} must be a number. (YAML takes 1e-3 for a text; "
             "write 1.0e-3.)"
         )
-    least = setting.metadata.get("least", 1)
     if setting.type is int and (type(value) is not int or value < least):
         raise ValueError(
             f"{setting.name}={value!r} must be a whole number, and at least {least}."
@@ -84,7 +78,9 @@ def _check_number(setting: Field, value: Any) -> None:
 class Config(abc.ABC):
     """Everything that decides the outcome of a run.
 
-    Subclasses are experiments. They add settings of their own.
+    Subclasses are experiments. They add settings of their own. A whole number is at
+    least 1, or what `least` says of it; `timed_on` names the settings that have to
+    agree where times are compared.
 
     **Arguments:**
 
@@ -106,13 +102,13 @@ class Config(abc.ABC):
     - `ValueError` for a setting that is none of the choices or out of its range.
     """
 
-    # Settings that have to agree for times to be compared.
+    least: ClassVar[dict[str, int]] = {"seed": 0}
     timed_on: ClassVar[tuple[str, ...]] = ("precision",)
 
     experiment: str
     tier: str = "book"
     method: str = "vanilla"
-    seed: int = at_least(0, 0)
+    seed: int = 0
     solver: str = "tsit5"
     tolerance: float = 1e-6
     steps: int = 1000
@@ -133,7 +129,8 @@ class Config(abc.ABC):
                     f"{', '.join(choices)}."
                 )
         for setting in fields(self):
-            _check_number(setting, getattr(self, setting.name))
+            least = self.least.get(setting.name, 1)
+            _check_number(setting, getattr(self, setting.name), least)
         if not self.tolerance > 0:
             raise ValueError(f"tolerance={self.tolerance} must be positive.")
         for spec in (self.learning_rate, self.weight):
@@ -217,6 +214,7 @@ class DatasetConfig(Config):
     """
 
     data_type: ClassVar[type]
+    least = Config.least | {"validation": 0}
     timed_on = (
         *Config.timed_on,
         "dataset",
@@ -226,7 +224,7 @@ class DatasetConfig(Config):
     )
 
     dataset: str = "digits"
-    validation: int = at_least(0, 0)
+    validation: int = 0
     batch_size: int = 128
     eval_batch_size: int = 512
     eval_train_size: int = 10_000

@@ -22,7 +22,7 @@ from ..objectives import (
     squared_error,
 )
 from ..training import shardings
-from ._config import at_least, DatasetConfig
+from ._config import DatasetConfig
 from ._evaluation import by_part, check_solved, evaluation_of, in_batches, MAX_STEPS
 
 # Of the observed entries, how many interpolation hides from the encoder.
@@ -173,6 +173,7 @@ class PhysioNet(DatasetConfig):
     """
 
     data_type = data.TimeSeries
+    least = DatasetConfig.least | {"kl_wait": 0}
 
     experiment: str = "physionet"
     dataset: str = "oscillators"
@@ -183,7 +184,7 @@ class PhysioNet(DatasetConfig):
     encoder_size: int = 50
     encoder_hidden: int = 40
     deviation: float = 0.01
-    kl_wait: int = at_least(0, 100)
+    kl_wait: int = 100
     kl_rate: float = 0.99
 
     def __post_init__(self):

@@ -51,13 +51,13 @@ def run(
     - `lrnde.data.DataError` if the data cannot be had; `ValueError` if they are not of
         this experiment's kind, or a batch cannot be divided (`shard`).
     """
-    here = origin(config, shard)
+    last = origin(config, shard)
     with jax.default_matmul_precision(config.precision):
         dataset = config.load_data()
         state = train(config, dataset, checkpoint, deadline, progress, shard)
         if state.step < config.steps:
             return None
-        provenance = records.joined([*state.origins, here])
+        provenance = records.joined([*state.origins, last])
         return Run(state.model, _record(config, dataset, state, provenance))
 
 

@@ -12,7 +12,7 @@ from .. import simulated
 from ..models import SpiralSDE
 from ..objectives import moment_distance
 from ..training import StepBudget
-from ._config import at_least, Config, constant
+from ._config import Config, constant
 from ._evaluation import check_solved, evaluation_of, MAX_STEPS
 
 
@@ -47,6 +47,7 @@ class Spiral(Config):
     - `evaluations`: Solves that the reported loss is the mean of, each with new noise.
     """
 
+    least = Config.least | {"times": 2, "trajectories": 2, "truth": 2}
     timed_on = (*Config.timed_on, "times", "trajectories")
 
     experiment: str = "spiral-sde"
@@ -57,9 +58,9 @@ class Spiral(Config):
     learning_rate: dict[str, Any] = constant(1e-2)
     weight: dict[str, Any] = constant(0.1)
     hidden: int = 50
-    times: int = at_least(2, 30)
-    trajectories: int = at_least(2, 100)
-    truth: int = at_least(2, 10_000)
+    times: int = 30
+    trajectories: int = 100
+    truth: int = 10_000
     evaluations: int = 20
 
     def load_data(self) -> simulated.Moments:

@@ -88,7 +88,8 @@ def measure(
 
     - `ValueError` if the runs differ in what they are timed on: data, the sizes of
         batches or precision.
-    - `lrnde.training.TrainingError` as `load_state`.
+    - `lrnde.training.TrainingError` and `FileNotFoundError` as `load_state`.
+    - `lrnde.data.DataError` if the data cannot be had.
     """
     first = configs[0]
     for name in first.timed_on:

@@ -55,7 +55,8 @@ def load_state(config: Config, dataset: Any, checkpoint: Path) -> State:
 
     **Raises:**
 
-    - `lrnde.training.TrainingError` as `lrnde.training.load_checkpoint`.
+    - `lrnde.training.TrainingError` as `lrnde.training.load_checkpoint`;
+        `FileNotFoundError` if there is none.
     """
     like = new_state(config.make_model(dataset), config.make_optimizer())
     return load_checkpoint(checkpoint, like, config.identity)
