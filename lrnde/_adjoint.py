@@ -33,8 +33,8 @@ class TapeAdjoint(diffrax.AbstractAdjoint):
 
     **Raises:**
 
-    - `ValueError` if `rows` is not positive, or the term has an `UnsafeBrownianPath`;
-        from JAX, if a solve with `max_steps=None` is differentiated.
+    - `ValueError` if `rows` is not positive, or the term has an `UnsafeBrownianPath`.
+    - `RuntimeError` if a solve with `max_steps=None` is differentiated.
     - `NotImplementedError` if one solve is differentiated in several ways, one of which
         saves many more arrays than the first; a derivative of your own
         (`jax.custom_vjp`) could do that.

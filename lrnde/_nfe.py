@@ -85,11 +85,14 @@ def _solver_cost(solver: diffrax.AbstractSolver) -> _Cost | None:
     if isinstance(solver, diffrax.AbstractImplicitSolver):
         # How often the root finder calls the vector field is not visible from outside.
         return None
-    tableau = getattr(solver, "tableau", None)
-    if isinstance(tableau, diffrax.ButcherTableau):
+    ours = isinstance(solver, AbstractExplicitRungeKutta)
+    if ours or isinstance(solver, diffrax.AbstractRungeKutta):
+        tableau = solver.tableau
+        if not isinstance(tableau, diffrax.ButcherTableau):
+            return None
         fsal = int(tableau.fsal)
         # Ours evaluates the first stage of a solve before its first step.
-        before = fsal if isinstance(solver, AbstractExplicitRungeKutta) else 0
+        before = fsal if ours else 0
         return _Cost(before, tableau.num_stages - fsal, fsal)
     if isinstance(solver, diffrax.ReversibleHeun):
         return _Cost(1, 1, 1)

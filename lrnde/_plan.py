@@ -125,7 +125,7 @@ def _pairs(regularizer: Regularizers) -> list[tuple[Any, AbstractRegularizer]]:
 
 
 def _is_pair(x) -> bool:
-    """Whether it is a weight and a regularizer, and not two regularizers."""
+    """Whether it is meant as a weight and a regularizer, not as two regularizers."""
     pair = isinstance(x, tuple) and len(x) == 2
     return pair and not isinstance(x[0], (*_KINDS, tuple))
 

@@ -240,7 +240,7 @@ class _Splits:
     the last one only (as of jax 0.10). Where a solve is differentiated in several ways,
     `jax.checkpoint` may then read what one has saved with the structure of another. So
     the structure has to be the same for all: the tape is filled up with empty arrays,
-    to a length that depends on the body alone.
+    to a length with room for more than the first of them needs.
     """
 
     def __init__(self):

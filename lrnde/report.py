@@ -89,19 +89,37 @@ class _Merit(NamedTuple):
 
 # The first one that records have in common is theirs; all have a loss.
 _MERITS = (
-    _Merit("accuracy", "test accuracy", 100, "%", False, "test acc %", "acc %", 2),
     _Merit(
-        "mse",
-        "test error",
-        1000,
-        "×10⁻³",
-        True,
-        "test loss x1e-3",
-        "MSE x1e-3",
-        3,
-        ("interpolation", "extrapolation"),
+        name="accuracy",
+        title="test accuracy",
+        factor=100,
+        unit="%",
+        relative=False,
+        printed="test acc %",
+        column="acc %",
+        digits=2,
     ),
-    _Merit("loss", "test loss", 1, "", True, "loss", "loss", 4),
+    _Merit(
+        name="mse",
+        title="test error",
+        factor=1000,
+        unit="×10⁻³",
+        relative=True,
+        printed="test loss x1e-3",
+        column="MSE x1e-3",
+        digits=3,
+        tasks=("interpolation", "extrapolation"),
+    ),
+    _Merit(
+        name="loss",
+        title="test loss",
+        factor=1,
+        unit="",
+        relative=True,
+        printed="loss",
+        column="loss",
+        digits=4,
+    ),
 )
 
 _STYLE = {
@@ -799,7 +817,9 @@ def learning_curves(
     colour.
     """
     if quantity is None:
-        quantity = ("nfe", _merit(records).name)
+        logs = [record["curves"] for record in records]
+        merits = (m.name for m in _MERITS if all(m.name in log for log in logs))
+        quantity = ("nfe", next(merits))
     for name in set(quantity) - set(_CURVES):
         raise ValueError(f"unknown quantity {name!r}; known: {', '.join(_CURVES)}")
     groups = _by_method(records)
@@ -858,7 +878,7 @@ def pareto(records: Sequence[dict]) -> "matplotlib.figure.Figure":
         for method, group in groups.items():
             nfe = [record["metrics"]["test_nfe"] for record in group]
             merits = [merit.factor * r["metrics"][merit.test] for r in group]
-            color, marker = _color(method), _MARKERS[method]
+            color, marker = _color(method), _MARKERS.get(method, "o")
             look = {"facecolors": (color, 0.6), "edgecolors": "0.2", "linewidths": 0.6}
             axes.scatter(nfe, merits, s=48, marker=marker, label=method, **look)
         _legend(figure, [axes])

@@ -49,6 +49,12 @@ def test_summary_agrees_with_numpy(nfe):
             assert math.isnan(row["test_nfe_std"])
 
 
+def test_a_training_of_one_step_took_no_time():
+    one = make_record(times={"train_step_seconds": 0.0})
+    assert math.isnan(report.summary([one])["vanilla"]["train_step_ratio"])
+    assert "training step" not in report.findings([one, make_record("biased")])
+
+
 @given(st.permutations(make_records(THREE)))
 def test_summary_does_not_depend_on_the_order(records):
     rows = report.summary(records)
@@ -562,6 +568,13 @@ def test_unknown_names_are_errors():
     for figure in (report.learning_curves, report.pareto):
         with pytest.raises(ValueError, match="'mine'.*COLORS"):
             figure([make_record("mine")])
+
+
+def test_a_method_of_ones_own_needs_a_colour_alone(monkeypatch):
+    monkeypatch.setitem(report.COLORS, "mine", "#123456")
+    for figure in (report.learning_curves, report.pareto):
+        panel = figure([make_record("mine")]).axes[0]
+        assert panel.get_legend_handles_labels()[1] == ["mine"]
 
 
 def test_figures_leave_nothing_open_and_no_setting_changed(tmp_path):

@@ -254,5 +254,5 @@ def test_what_cannot_be_taped():
         ).ys.sum()
 
     assert jnp.isfinite(unbounded(Y0))
-    with pytest.raises(Exception, match="bound the number of steps"):
+    with pytest.raises(RuntimeError, match="bound the number of steps"):
         jax.grad(unbounded)(Y0)
