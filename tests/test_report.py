@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from test_records import make_record
 
-from lrnde import _published, report
 from lrnde import records as lrnde_records
+from lrnde import report
+from lrnde.report import _published
 
 positive = st.floats(1e-3, 1e3)
 samples = st.lists(positive, min_size=1, max_size=5)

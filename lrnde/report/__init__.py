@@ -1,0 +1,42 @@
+"""Tables and figures of the book, made from records and from published values alone.
+
+Everything here takes a list of records (`lrnde.records.load_all`). The tables need
+pandas and the figures matplotlib: `pip install 'lrnde[book]'`.
+"""
+
+from ._claims import claims as claims
+from ._figures import curves as curves
+from ._figures import learning_curves as learning_curves
+from ._figures import pareto as pareto
+from ._figures import style as style
+from ._origins import provenance_note as provenance_note
+from ._origins import record_links as record_links
+from ._summary import COLORS as COLORS
+from ._summary import METHODS as METHODS
+from ._summary import summary as summary
+from ._tables import EMPTY as EMPTY
+from ._tables import findings as findings
+from ._tables import MISSING as MISSING
+from ._tables import published_table as published_table
+from ._tables import settings_table as settings_table
+from ._tables import table as table
+
+# For autodoc, which passes over what is imported unless it is listed.
+__all__ = [
+    "COLORS",
+    "EMPTY",
+    "METHODS",
+    "MISSING",
+    "claims",
+    "curves",
+    "findings",
+    "learning_curves",
+    "pareto",
+    "provenance_note",
+    "published_table",
+    "record_links",
+    "settings_table",
+    "style",
+    "summary",
+    "table",
+]

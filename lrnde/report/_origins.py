@@ -1,0 +1,101 @@
+"""Where the numbers of a table come from."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from ..records import all_origins, path_of
+from ._summary import by_method, timed_apart
+
+
+def distinct(values: Sequence) -> str:
+    return ", ".join(str(value) for value in sorted(set(values)))
+
+
+def _commit(origin: dict) -> str:
+    if origin["git_commit"] is None:
+        return "unknown"
+    return f"`{origin['git_commit'][:10]}`" + " (changed)" * (not origin["git_clean"])
+
+
+def provenance_note(records: Sequence[dict], root: str = "book/results") -> str:
+    """Says in a line of Markdown where the numbers of a table come from.
+
+    **Arguments:**
+
+    - `records`: Records of one experiment in one tier.
+    - `root`: The folder of all records, as the reader should see it.
+
+    **Returns:**
+
+    Number and folder of the records, seeds, devices, precision, `XLA_FLAGS` if there
+    were any in the training, versions, commits and dates, each with all of its values
+    where the records differ; and how many of the times were measured side by side after
+    the runs, by how many commands if not by one, and with what commits and flags, where
+    the records say it.
+    """
+    if not records:
+        return "**Provenance.** No records."
+    by_method(records)
+    origins = [origin for record in records for origin in all_origins(record)]
+    names = origins[0]["versions"]
+    versions = (f"{n} {distinct([o['versions'][n] for o in origins])}" for n in names)
+    devices = [
+        f"{o['device']} ({o['platform']}, precision {o['precision']})" for o in origins
+    ]
+    # Records from before they were noted have none.
+    flags = Counter(
+        text
+        for record in records
+        for text in {o.get("xla_flags") for o in all_origins(record)} - {None, ""}
+    )
+    parts = (
+        f"{len(records)} records in `{root}/{records[0]['experiment']}/"
+        f"{records[0]['tier']}`",
+        f"seeds {distinct([record['seed'] for record in records])}",
+        distinct(devices),
+        *(f"{n} trained with XLA_FLAGS `{text}`" for text, n in sorted(flags.items())),
+        ", ".join(versions),
+        f"commit {distinct([_commit(origin) for origin in origins])}",
+        f"run on {distinct([origin['started'][:10] for origin in origins])}",
+        _measured([record for record in records if timed_apart(record)]),
+    )
+    return f"**Provenance.** {'; '.join(parts)}."
+
+
+def _measured(records: Sequence[dict]) -> str:
+    """How times were measured after the runs, as far as the records say it."""
+    origins = [r["provenance"].get("measured", {}) for r in records]
+    # One command measures side by side, and notes when it started.
+    commands = len({o.get("started") for o in origins})
+    several = f", by {commands} commands" if commands > 1 else ""
+    text = f"times of {len(records)} measured side by side afterwards{several}"
+    found = [o for o in origins if o]
+    if not found:
+        return text
+    flags = distinct([f"`{o['xla_flags']}`" for o in found if o["xla_flags"]])
+    with_flags = f", XLA_FLAGS {flags}" if flags else ""
+    return f"{text} (commit {distinct([_commit(o) for o in found])}{with_flags})"
+
+
+def record_links(records: Sequence[dict], root: str = "../book/results") -> str:
+    """Links to the files of records, in a line of Markdown.
+
+    **Arguments:**
+
+    - `records`: Records of one experiment in one tier.
+    - `root`: The folder of all records, as the page sees it.
+
+    **Returns:**
+
+    A link for each seed, by method.
+    """
+    groups = by_method(records)
+    if not groups:
+        return "**Records.** None."
+
+    def seeds(group):
+        ordered = sorted(group, key=lambda record: record["seed"])
+        return ", ".join(f"[{r['seed']}]({path_of(r, root)})" for r in ordered)
+
+    parts = (f"*{method}* {seeds(group)}" for method, group in groups.items())
+    return f"**Records,** by seed. {'; '.join(parts)}."
