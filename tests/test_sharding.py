@@ -17,6 +17,7 @@ import math, os, signal, sys
 from pathlib import Path
 import equinox as eqx, jax, numpy as np
 from lrnde import experiments, training
+from lrnde.training import _devices
 
 
 def assert_same(one, other, rtol):
@@ -100,7 +101,7 @@ def train(config, **kwargs):
 alone = train(config)
 late = train(config, shard=True, deadline=0.0 if rank == 0 else math.inf)
 assert late.step == 0
-save = training.save_checkpoint
+save = _devices.save_checkpoint
 
 
 def interrupted(*args):
@@ -121,13 +122,13 @@ def refused(message, **kwargs):
         raise AssertionError(message)
 
 
-training.save_checkpoint = interrupted
+_devices.save_checkpoint = interrupted
 stopped = train(Interrupted(**small), shard=True, checkpoint=checkpoint)
 assert stopped.step == 2
-training.save_checkpoint = full
+_devices.save_checkpoint = full
 elsewhere = checkpoint.with_name("other.ckpt")
 refused("could not be written" if rank else "no space left", checkpoint=elsewhere)
-training.save_checkpoint = save
+_devices.save_checkpoint = save
 refused("do not see the same", checkpoint=elsewhere if rank else checkpoint)
 resumed = train(config, shard=True, checkpoint=checkpoint)
 assert resumed.step == 4 and len(resumed.history.pending) == 4

@@ -29,6 +29,7 @@ from lrnde import data, experiments, training
 from lrnde.experiments import classification, MNISTNode
 from lrnde.models import NeuralODEClassifier
 from lrnde.training import (
+    _fit,
     fit,
     History,
     progress_of,
@@ -392,7 +393,7 @@ def test_a_deadline_stops_cleanly(tmp_path, monkeypatch):
         return batches(step)
 
     clock = SimpleNamespace(monotonic=lambda: now[0])
-    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr(_fit, "time", clock)
     stopped = train(10**6, batches=slow, checkpoint=path, deadline=6.5)
     assert stopped.step == 7
     assert_same_state(training.load_checkpoint(path, stopped, ""), stopped)
