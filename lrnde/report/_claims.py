@@ -7,9 +7,12 @@ from typing import NamedTuple, TYPE_CHECKING
 import numpy as np
 
 from .._extras import import_extra
-from ._published import TABLES
-from ._summary import mean_and_std, merit_of, METHODS, setup, timed_apart
-from ._tables import check_published, EMPTY, MISSING
+from ._merits import merit_of
+from ._methods import METHODS
+from ._origins import setup, timed_apart
+from ._published import check_published, row_of
+from ._summary import mean_and_std
+from ._tables import EMPTY, MISSING
 
 if TYPE_CHECKING:
     import pandas
@@ -29,10 +32,8 @@ def _number(cell: str | None) -> float:
 
 def _printed(experiment: str, method: str, names: Sequence[str]) -> tuple[float, float]:
     """A published number of a method, and of vanilla in the same source."""
-    table = TABLES.get(experiment, [])
-    row = next((row for row in table if row["method"] == method), {})
-    same = (r for r in table if r["source"] == row.get("source"))
-    base = next((r for r in same if r["method"] == "vanilla"), {})
+    row = row_of(experiment, method)
+    base = row_of(experiment, "vanilla", row.get("source"))
     found = (name for name in names if row.get(name) and base.get(name))
     name = next(found, "")
     return _number(row.get(name)), _number(base.get(name))
@@ -136,6 +137,20 @@ def _claims_of(experiment: str) -> dict[str, tuple]:
     }
 
 
+def _judged(records, experiment, method, quantity, claim, judge, form) -> tuple:
+    published, here, error = claim(experiment, method, records)
+    text = EMPTY if math.isnan(here) else f"{here:{form}}"
+    if not len(_paired(records, method, "test_nfe").ours):
+        text = verdict = MISSING
+    elif math.isnan(published):
+        verdict = EMPTY
+    elif math.isnan(error):
+        verdict = "unclear"
+    else:
+        verdict = judge(published, here, error)
+    return method, quantity, published, here, error, text, verdict
+
+
 def claims(
     records: Sequence[dict],
     experiment: str,
@@ -172,7 +187,7 @@ def claims(
 
     **Raises:**
 
-    `ValueError` if nothing was published on that experiment.
+    - `ValueError` if nothing was published on that experiment.
     """
     check_published(experiment)
     pd = import_extra("pandas")
@@ -184,17 +199,3 @@ def claims(
     ]
     columns = ["method", "quantity", "published", "here", "error", "text", "verdict"]
     return pd.DataFrame(lines, columns=columns).set_index(["method", "quantity"])
-
-
-def _judged(records, experiment, method, quantity, claim, judge, form) -> tuple:
-    published, here, error = claim(experiment, method, records)
-    text = EMPTY if math.isnan(here) else f"{here:{form}}"
-    if not len(_paired(records, method, "test_nfe").ours):
-        text = verdict = MISSING
-    elif math.isnan(published):
-        verdict = EMPTY
-    elif math.isnan(error):
-        verdict = "unclear"
-    else:
-        verdict = judge(published, here, error)
-    return method, quantity, published, here, error, text, verdict

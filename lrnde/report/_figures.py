@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .._extras import import_extra
-from ._summary import by_method, COLORS, common_merit, MERITS, ordered
+from ._merits import common_merit, MERITS
+from ._methods import by_method, COLORS, ordered
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -87,7 +88,7 @@ def curves(records: Sequence[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
 
     **Raises:**
 
-    `ValueError` without records, or if one has no such curve.
+    - `ValueError` without records, or if one has no such curve.
     """
     if not records:
         raise ValueError(f"no records, so no curve of {name}.")
@@ -117,6 +118,23 @@ def _draw_method(
         )
 
 
+def _legend(figure: "matplotlib.figure.Figure", panels: Sequence) -> None:
+    """One legend a figure, above its panels; beside them if it is long."""
+    entries = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    names = ordered(list(entries))
+    if names:
+        handles = [entries[name] for name in names]
+        if len(names) > _LONG:
+            figure.legend(handles, names, loc="outside right upper")
+            return
+        columns = max(3, int(figure.get_figwidth() / 1.3))
+        columns = min(columns, len(names))
+        figure.legend(handles, names, loc="outside upper center", ncols=columns)
+
+
 def learning_curves(
     records: Sequence[dict], quantity: Sequence[str] | None = None
 ) -> "matplotlib.figure.Figure":
@@ -136,8 +154,8 @@ def learning_curves(
 
     **Raises:**
 
-    `ValueError` if a quantity is unknown or not in the records, or a method has no
-    colour.
+    - `ValueError` if a quantity is unknown or not in the records, or a method has no
+        colour.
     """
     if quantity is None:
         logs = [record["curves"] for record in records]
@@ -157,23 +175,6 @@ def learning_curves(
     return figure
 
 
-def _legend(figure: "matplotlib.figure.Figure", panels: Sequence) -> None:
-    """One legend a figure, above its panels; beside them if it is long."""
-    entries = {}
-    for axes in panels:
-        handles, labels = axes.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
-    names = ordered(list(entries))
-    if names:
-        handles = [entries[name] for name in names]
-        if len(names) > _LONG:
-            figure.legend(handles, names, loc="outside right upper")
-            return
-        columns = max(3, int(figure.get_figwidth() / 1.3))
-        columns = min(columns, len(names))
-        figure.legend(handles, names, loc="outside upper center", ncols=columns)
-
-
 def pareto(records: Sequence[dict]) -> "matplotlib.figure.Figure":
     """Draws what each model costs against what it achieves.
 
@@ -189,7 +190,7 @@ def pareto(records: Sequence[dict]) -> "matplotlib.figure.Figure":
 
     **Raises:**
 
-    `ValueError` if a method has no colour.
+    - `ValueError` if a method has no colour.
     """
     groups = by_method(records)
     merit = common_merit(records)

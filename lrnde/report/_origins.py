@@ -1,10 +1,32 @@
-"""Where the numbers of a table come from."""
+"""Where numbers come from: records, devices, commits."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
 from ..records import all_origins, path_of
-from ._summary import by_method, timed_apart
+from ._methods import by_method
+
+
+def setup(records: Sequence[dict]) -> set[tuple]:
+    """What has to agree before prediction times may be compared."""
+    return {(timed_on(r), r["times"]["predict_batch"]) for r in records}
+
+
+def timed_on(record: dict) -> frozenset[str]:
+    """The devices that the times of a record come from."""
+    origins = all_origins(record)
+    if "measured" in record["provenance"]:
+        origins = origins[:1]
+    return frozenset(origin["device"] for origin in origins)
+
+
+def timed_apart(record: dict) -> bool:
+    """Whether the time of a training step is not the mean over the training itself."""
+    if "measured" in record["provenance"]:
+        return True  # older records do not say
+    mean = record["times"]["train_seconds"] / record["config"]["steps"]
+    return not math.isclose(record["times"]["train_step_seconds"], mean, rel_tol=1e-9)
 
 
 def distinct(values: Sequence) -> str:
@@ -15,6 +37,21 @@ def _commit(origin: dict) -> str:
     if origin["git_commit"] is None:
         return "unknown"
     return f"`{origin['git_commit'][:10]}`" + " (changed)" * (not origin["git_clean"])
+
+
+def _measured(records: Sequence[dict]) -> str:
+    """How times were measured after the runs, as far as the records say it."""
+    origins = [r["provenance"].get("measured", {}) for r in records]
+    # One command measures side by side, and notes when it started.
+    commands = len({o.get("started") for o in origins})
+    several = f", by {commands} commands" if commands > 1 else ""
+    text = f"times of {len(records)} measured side by side afterwards{several}"
+    found = [o for o in origins if o]
+    if not found:
+        return text
+    flags = distinct([f"`{o['xla_flags']}`" for o in found if o["xla_flags"]])
+    with_flags = f", XLA_FLAGS {flags}" if flags else ""
+    return f"{text} (commit {distinct([_commit(o) for o in found])}{with_flags})"
 
 
 def provenance_note(records: Sequence[dict], root: str = "book/results") -> str:
@@ -60,21 +97,6 @@ def provenance_note(records: Sequence[dict], root: str = "book/results") -> str:
         _measured([record for record in records if timed_apart(record)]),
     )
     return f"**Provenance.** {'; '.join(parts)}."
-
-
-def _measured(records: Sequence[dict]) -> str:
-    """How times were measured after the runs, as far as the records say it."""
-    origins = [r["provenance"].get("measured", {}) for r in records]
-    # One command measures side by side, and notes when it started.
-    commands = len({o.get("started") for o in origins})
-    several = f", by {commands} commands" if commands > 1 else ""
-    text = f"times of {len(records)} measured side by side afterwards{several}"
-    found = [o for o in origins if o]
-    if not found:
-        return text
-    flags = distinct([f"`{o['xla_flags']}`" for o in found if o["xla_flags"]])
-    with_flags = f", XLA_FLAGS {flags}" if flags else ""
-    return f"{text} (commit {distinct([_commit(o) for o in found])}{with_flags})"
 
 
 def record_links(records: Sequence[dict], root: str = "../book/results") -> str:

@@ -1,4 +1,4 @@
-"""Published results, as printed: the only numbers of the book that were typed in."""
+"""Published results, as printed: the only numbers of the tables that were typed in."""
 
 # ruff: noqa: E501 - a row of a table stays on one line
 
@@ -85,3 +85,16 @@ def _parse(text: str) -> list[dict[str, str]]:
 TABLES: dict[str, list[dict[str, str]]] = {
     experiment: _parse(text) for experiment, text in _TEXT.items()
 }
+
+
+def check_published(experiment: str) -> None:
+    """Raises a `ValueError` if nothing was published on an experiment."""
+    if experiment not in TABLES:
+        problem = f"no published results for {experiment!r}; known: {', '.join(TABLES)}"
+        raise ValueError(problem)
+
+
+def row_of(experiment: str, method: str, source: str | None = None) -> dict[str, str]:
+    """The first row of a method, from one source or any; empty if there is none."""
+    rows = (row for row in TABLES.get(experiment, ()) if row["method"] == method)
+    return next((row for row in rows if source in (None, row["source"])), {})

@@ -5,25 +5,19 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .._extras import import_extra
-from ._origins import distinct
-from ._published import SOURCES, TABLES
-from ._summary import (
-    by_method,
-    common_merit,
-    Merit,
-    merit_of,
-    METHODS,
-    ordered,
-    summary,
-    timed_on,
-)
+from ._merits import common_merit, Merit, merit_of
+from ._methods import by_method, METHODS, ordered
+from ._origins import distinct, timed_on
+from ._published import check_published, row_of, SOURCES, TABLES
+from ._summary import summary
 
 if TYPE_CHECKING:
     import pandas
 
 
+# What stands for a row without records.
 MISSING = "missing"
-
+# What stands for a number that there is not.
 EMPTY = "–"
 
 
@@ -35,10 +29,8 @@ def _cell(row: dict[str, int | float], name: str, factor: int, digits: int) -> s
     return f"{factor * mean:.{digits}f}{spread}"
 
 
-def _published(experiment: str, method: str) -> dict[str, str]:
-    """The published row of a method that the experiment reproduces, if there is one."""
-    rows = (row for row in TABLES.get(experiment, ()) if row["method"] == method)
-    return {name: cell.replace("±", " ± ") for name, cell in next(rows, {}).items()}
+def _as_ours(published: dict[str, str]) -> dict[str, str]:
+    return {name: cell.replace("±", " ± ") for name, cell in published.items()}
 
 
 def _quality(
@@ -107,7 +99,7 @@ def table(
         method: _line(
             groups.get(method, []),
             rows.get(method, {}),
-            _published(experiment, method),
+            _as_ours(row_of(experiment, method)),
             merit,
         )
         for method in ordered([*methods, *rows])
@@ -115,12 +107,6 @@ def table(
     frame = pd.DataFrame.from_dict(lines, orient="index").rename_axis("method")
     frame.attrs["sources"] = {s: SOURCES[s] for s in frame["source"] if s in SOURCES}
     return frame
-
-
-def check_published(experiment: str) -> None:
-    if experiment not in TABLES:
-        problem = f"no published results for {experiment!r}; known: {', '.join(TABLES)}"
-        raise ValueError(problem)
 
 
 def published_table(experiment: str) -> "pandas.DataFrame":
@@ -137,7 +123,7 @@ def published_table(experiment: str) -> "pandas.DataFrame":
 
     **Raises:**
 
-    `ValueError` if nothing was published on that experiment.
+    - `ValueError` if nothing was published on that experiment.
     """
     check_published(experiment)
     pd = import_extra("pandas")
