@@ -4,13 +4,13 @@ from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
 from ._adjoint import TapeAdjoint
 from ._integrals import AbstractIntegralRegularizer
+from ._random import is_key
 from ._regularizers import (
     AbstractGlobalRegularizer,
     AbstractLocalRegularizer,
@@ -89,11 +89,8 @@ def make_plan(regularizer: Regularizers, key: PRNGKeyArray | None) -> Plan:
 def _check_key(key) -> None:
     if key is None:
         return
-    typed = isinstance(key, jax.Array) and jax.dtypes.issubdtype(
-        key.dtype, jax.dtypes.prng_key
-    )
     # Keys of the old kind are vectors, as long as their generator wants.
-    if jnp.ndim(key) != (0 if typed else 1):
+    if jnp.ndim(key) != (0 if is_key(key) else 1):
         raise TypeError(
             f"key={key!r} is not one random key. Pass `key=jax.random.key(...)`; for a "
             "batch of keys use `jax.vmap`."

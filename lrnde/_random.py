@@ -1,10 +1,14 @@
-"""Random arrays."""
+"""Random arrays and keys."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Array, PRNGKeyArray
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 # What a seed stands for does not depend on the generator that JAX is told to use.
 GENERATOR = "threefry2x32"
@@ -23,3 +27,22 @@ def draw(
     compile one of a single axis. Other arguments than the shape are single numbers.
     """
     return sampler(key, shape=(math.prod(shape),), **kwargs).reshape(shape)
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether it is a `jax.random.key`, or an array of them."""
+    return eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def without_keys(tree: PyTree) -> PyTree:
+    """The tree with plain arrays in the place of its `jax.random.key`s."""
+    return jax.tree.map(lambda x: jr.key_data(x) if is_key(x) else x, tree)
+
+
+def with_keys(like: PyTree, plain: PyTree) -> PyTree:
+    """Undoes `without_keys`, for a tree like that one."""
+
+    def restored(x, data):
+        return jr.wrap_key_data(data, impl=jr.key_impl(x)) if is_key(x) else data
+
+    return jax.tree.map(restored, like, plain)

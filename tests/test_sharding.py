@@ -17,7 +17,7 @@ import math, os, signal, sys
 from pathlib import Path
 import equinox as eqx, jax, numpy as np
 from lrnde import experiments, training
-from lrnde.training import _devices
+from lrnde.training import _processes
 
 
 def assert_same(one, other, rtol):
@@ -101,7 +101,7 @@ def train(config, **kwargs):
 alone = train(config)
 late = train(config, shard=True, deadline=0.0 if rank == 0 else math.inf)
 assert late.step == 0
-save = _devices.save_checkpoint
+save = _processes.save_checkpoint
 
 
 def interrupted(*args):
@@ -122,13 +122,13 @@ def refused(message, **kwargs):
         raise AssertionError(message)
 
 
-_devices.save_checkpoint = interrupted
+_processes.save_checkpoint = interrupted
 stopped = train(Interrupted(**small), shard=True, checkpoint=checkpoint)
 assert stopped.step == 2
-_devices.save_checkpoint = full
+_processes.save_checkpoint = full
 elsewhere = checkpoint.with_name("other.ckpt")
 refused("could not be written" if rank else "no space left", checkpoint=elsewhere)
-_devices.save_checkpoint = save
+_processes.save_checkpoint = save
 refused("do not see the same", checkpoint=elsewhere if rank else checkpoint)
 resumed = train(config, shard=True, checkpoint=checkpoint)
 assert resumed.step == 4 and len(resumed.history.pending) == 4

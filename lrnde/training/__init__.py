@@ -1,10 +1,13 @@
-"""Training: one compiled step, a step budget that adapts, checkpoints that survive."""
+"""Training: a loop around one compiled step, with schedules and learning curves.
+
+A step budget adapts to the solves, checkpoints survive whatever ends a training, and a
+batch may be divided over devices.
+"""
 
 from ._checkpoint import load_checkpoint as load_checkpoint
 from ._checkpoint import Progress as Progress
 from ._checkpoint import progress_of as progress_of
 from ._checkpoint import save_checkpoint as save_checkpoint
-from ._checkpoint import TrainingError as TrainingError
 from ._devices import Shardings as Shardings
 from ._devices import shardings as shardings
 from ._fit import fit as fit
@@ -14,25 +17,27 @@ from ._state import History as History
 from ._state import new_state as new_state
 from ._state import State as State
 from ._state import StepBudget as StepBudget
+from ._state import TrainingError as TrainingError
 from ._step import make_step as make_step
 from ._step import Outcome as Outcome
 
-# For autodoc, which passes over what is imported unless it is listed.
+# For autodoc, which passes over what is imported unless it is listed; in the order of
+# its page.
 __all__ = [
+    "fit",
     "Evaluation",
-    "History",
-    "Outcome",
-    "Progress",
-    "Shardings",
     "State",
     "StepBudget",
-    "TrainingError",
-    "fit",
-    "load_checkpoint",
-    "make_step",
+    "History",
     "new_state",
-    "progress_of",
-    "save_checkpoint",
     "schedule",
+    "make_step",
+    "Outcome",
+    "save_checkpoint",
+    "load_checkpoint",
+    "Progress",
+    "progress_of",
+    "TrainingError",
     "shardings",
+    "Shardings",
 ]

@@ -3,27 +3,22 @@
 import hashlib
 import io
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import jax.random as jr
-from jaxtyping import PyTree
 
 from .._files import write_atomically
-from ._state import History, State
+from .._random import with_keys, without_keys
+from ._state import History, State, TrainingError
 
 _MAGIC = b"lrnde checkpoint 2\n"
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step and what was kept."""
-
-
-def save_checkpoint(path: Path, state: State, identity: str) -> None:
+def save_checkpoint(path: str | os.PathLike, state: State, identity: str) -> None:
     """Writes a checkpoint; at any moment the file is either the old or the new one.
 
     **Arguments:**
@@ -46,10 +41,10 @@ def save_checkpoint(path: Path, state: State, identity: str) -> None:
     buffer.write(json.dumps(header).encode() + b"\n")
     eqx.tree_serialise_leaves(buffer, without_keys((state.model, state.opt_state)))
     content = buffer.getvalue()
-    write_atomically(path, _MAGIC + _digest(content) + b"\n" + content)
+    write_atomically(Path(path), _MAGIC + _digest(content) + b"\n" + content)
 
 
-def load_checkpoint(path: Path, like: State, identity: str) -> State:
+def load_checkpoint(path: str | os.PathLike, like: State, identity: str) -> State:
     """Reads a checkpoint.
 
     **Arguments:**
@@ -60,8 +55,10 @@ def load_checkpoint(path: Path, like: State, identity: str) -> State:
 
     **Raises:**
 
-    - `TrainingError` if the file is damaged, or of another run.
+    - `TrainingError` if the file is damaged, or of another run; `FileNotFoundError` if
+        there is none.
     """
+    path = Path(path)
     header, content = _read(path)
     if header["identity"] != identity:
         raise TrainingError(
@@ -101,13 +98,14 @@ class Progress(NamedTuple):
     history: History
 
 
-def progress_of(path: Path) -> Progress:
+def progress_of(path: str | os.PathLike) -> Progress:
     """How far a checkpoint is: at step 0 and without curves, if there is no such file.
 
     **Raises:**
 
     - `TrainingError` if the file is damaged, or not a checkpoint.
     """
+    path = Path(path)
     if not path.exists():
         return Progress(0, History())
     header, _ = _read(path)
@@ -133,6 +131,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def remedy(path: Path) -> str:
+    """What to do about a checkpoint that cannot be used."""
     return f"Move or delete {path} to start this run from its beginning."
 
 
@@ -144,21 +143,3 @@ def _arrays(state: State) -> list[str]:
     """The type and shape of every array that a checkpoint holds."""
     leaves = jax.tree.leaves((state.model, state.opt_state))
     return [f"{x.dtype}{list(x.shape)}" for x in leaves if eqx.is_array(x)]
-
-
-def _is_key(leaf: Any) -> bool:
-    return eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def without_keys(tree: PyTree) -> PyTree:
-    """The tree with plain arrays in the place of its `jax.random.key`s."""
-    return jax.tree.map(lambda x: jr.key_data(x) if _is_key(x) else x, tree)
-
-
-def with_keys(like: PyTree, plain: PyTree) -> PyTree:
-    """Undoes `_without_keys`, for a tree like that one."""
-
-    def restored(x, data):
-        return jr.wrap_key_data(data, impl=jr.key_impl(x)) if _is_key(x) else data
-
-    return jax.tree.map(restored, like, plain)

@@ -1,18 +1,15 @@
-"""Batches divided over devices, and processes that decide together."""
+"""Batches divided over devices."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from ._checkpoint import save_checkpoint, TrainingError, with_keys, without_keys
-from ._state import State
+from .._random import with_keys, without_keys
 
 
 class Shardings(NamedTuple):
@@ -67,34 +64,3 @@ def on_one_device(tree: PyTree) -> PyTree:
     arrays, rest = eqx.partition(without_keys(tree), eqx.is_array)
     copies = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), arrays)
     return with_keys(tree, eqx.combine(copies, rest))
-
-
-class Processes:
-    """The processes of one training: what one of them decides, all do."""
-
-    def __init__(self, sharding: PyTree[NamedSharding] | None):
-        leaves = jax.tree.leaves(sharding)
-        self._several = any(not s.is_fully_addressable for s in leaves)
-
-    def any(self, here: bool) -> bool:
-        return bool(_of_all_processes(here).any()) if self._several else here
-
-    def agree(self, value: int) -> bool:
-        return not self._several or len(set(_of_all_processes(value).tolist())) == 1
-
-    def save(self, path: Path | None, state: State, identity: str) -> None:
-        if path is None:
-            return
-        problem = None
-        if not self._several or jax.process_index() == 0:
-            try:
-                save_checkpoint(path, state, identity)
-            except Exception as error:
-                problem = error
-        # Nobody goes on before the first process has saved, or if it could not.
-        if self.any(problem is not None):
-            raise problem or TrainingError(f"{path} could not be written.")
-
-
-def _of_all_processes(value: bool | int) -> np.ndarray:
-    return np.asarray(multihost_utils.process_allgather(np.asarray(value)))

@@ -18,9 +18,10 @@ from jaxtyping import PRNGKeyArray, PyTree
 from tqdm import tqdm
 
 from .._regularizers import Regularizers
-from ._checkpoint import load_checkpoint, remedy, TrainingError
-from ._devices import on_all_devices, on_one_device, Processes
-from ._state import Evaluation, new_state, State, StepBudget
+from ._checkpoint import load_checkpoint, remedy
+from ._devices import on_all_devices, on_one_device
+from ._processes import Processes
+from ._state import Evaluation, new_state, State, StepBudget, TrainingError
 from ._step import make_step, Outcome
 
 
@@ -89,7 +90,7 @@ def fit(
 
     **Raises:**
 
-    - `TrainingError`: if the loss or its gradient is not finite, or a solve needs more
+    - `TrainingError` if the loss or its gradient is not finite, or a solve needs more
         steps than the budget's limit. The last good state is in the checkpoint. If the
         checkpoint is damaged, of another identity, or has more than `steps` behind it.
         With several processes also if the checkpoint cannot be written, or is not the

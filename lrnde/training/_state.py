@@ -8,6 +8,10 @@ import optax
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
 
+class TrainingError(RuntimeError):
+    """Training cannot start or go on; the message says why, and what was kept."""
+
+
 class Evaluation(NamedTuple):
     """What an objective says of one batch; see `fit`.
 
