@@ -3,7 +3,8 @@
 Without names it runs every experiment of the tier that has a parameters file, in the
 order of `lrnde.experiments.EXPERIMENTS`. A run that has its record is not run again;
 one that was stopped or killed goes on from its checkpoint. Start the command several
-times to share a machine or a GPU: each process takes runs that no other one has.
+times to share a machine or a GPU: each process takes runs that no other one has. With
+`--measure` it times finished runs side by side, for their records.
 """
 
 import argparse
@@ -156,6 +157,24 @@ def in_progress() -> list[str]:
             if not free:
                 busy.append(path.relative_to(RUNS).with_suffix("").as_posix())
     return busy
+
+
+def _measurement() -> "filelock.FileLock":
+    """Held while times are measured; no run starts meanwhile."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(RUNS / "measurement.lock")
+
+
+def _wait_for_measurement(config: Config, deadline: float) -> None:
+    """Waits for the end of a measurement; a `Timeout` if there is no time for that."""
+    lock = _measurement()
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"{title(config)}: waits for the end of a measurement", flush=True)
+        left = deadline - time.monotonic()
+        lock.acquire(timeout=-1 if math.isinf(left) else max(left, 0))
+    lock.release()
 
 
 # How long it will take
@@ -325,6 +344,9 @@ def _run_one(config: Config, deadline: float, shard: bool) -> str | None:
     return f"{time.monotonic() - started:.0f} s, {', '.join(figures)}"
 
 
+# Measuring
+
+
 class NotMeasured(RuntimeError):
     """Times cannot be measured; the message says why."""
 
@@ -360,24 +382,6 @@ def measure(configs: Sequence[Config]) -> None:
             raise NotMeasured("\n".join(["nothing was measured.", *problems, rest]))
         for group in _by_experiment(done).values():
             _measure_side_by_side(group, origin)
-
-
-def _measurement() -> "filelock.FileLock":
-    """Held while times are measured; no run starts meanwhile."""
-    RUNS.mkdir(parents=True, exist_ok=True)
-    return filelock.FileLock(RUNS / "measurement.lock")
-
-
-def _wait_for_measurement(config: Config, deadline: float) -> None:
-    """Waits for the end of a measurement; a `Timeout` if there is no time for that."""
-    lock = _measurement()
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"{title(config)}: waits for the end of a measurement", flush=True)
-        left = deadline - time.monotonic()
-        lock.acquire(timeout=-1 if math.isinf(left) else max(left, 0))
-    lock.release()
 
 
 def _measure_side_by_side(configs: list[Config], origin: dict) -> None:

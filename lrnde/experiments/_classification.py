@@ -41,10 +41,6 @@ def classification(model: eqx.Module, batch, **kwargs) -> Evaluation:
     return evaluation_of(cross_entropy(prediction.logits, y), merits, prediction)
 
 
-def _logits(x, key, model):
-    return model(x, key=key, max_steps=MAX_STEPS).logits
-
-
 @eqx.filter_jit
 def _score(model, x, y, mask, kwargs):
     prediction = model(x, max_steps=MAX_STEPS, **kwargs)
@@ -87,6 +83,10 @@ def evaluate(
     sums, nfe = in_batches(score, len(x), batch_size)
     loss, hits = (sum(map(float, column)) for column in zip(*sums, strict=True))
     return Scores(loss / len(x), hits / len(x), nfe)
+
+
+def _logits(x, key, model):
+    return model(x, key=key, max_steps=MAX_STEPS).logits
 
 
 @dataclass(frozen=True)

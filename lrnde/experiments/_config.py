@@ -25,6 +25,7 @@ from .._regularizers import (
 from .._steer import Steer
 from ..training import Evaluation, schedule, shardings, StepBudget
 
+# The methods, by name.
 REGULARIZERS: dict[str, Regularizers] = {
     "vanilla": None,
     "unbiased": LocalError("unbiased"),
@@ -44,6 +45,7 @@ REGULARIZERS: dict[str, Regularizers] = {
     "steer+unbiased": [Steer(), LocalError("unbiased")],
 }
 
+# The solvers, by name.
 SOLVERS = {
     "tsit5": _explicit.Tsit5,
     "dopri5": _explicit.Dopri5,
@@ -54,6 +56,7 @@ SOLVERS = {
     "sriw2": _sri.SRIW2,
 }
 
+# The optimisers, by name.
 OPTIMIZERS = {"adam": optax.adam, "adamax": optax.adamax, "adabelief": optax.adabelief}
 
 

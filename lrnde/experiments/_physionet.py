@@ -63,10 +63,6 @@ def tasks(
     }
 
 
-def _predict(times, x, mask, model):
-    return model(times, x, mask, max_steps=MAX_STEPS).x
-
-
 class SeriesScores(NamedTuple):
     """Means over the series of which an entry was asked for.
 
@@ -156,6 +152,10 @@ def steps_along(
     ends = np.asarray(sol.ts)[: int(sol.stats["num_accepted_steps"]) + 1]
     edges = np.linspace(times[0], times[-1], windows + 1)
     return np.diff(np.interp(edges, ends, np.arange(len(ends))))
+
+
+def _predict(times, x, mask, model):
+    return model(times, x, mask, max_steps=MAX_STEPS).x
 
 
 @dataclass(frozen=True)
