@@ -347,9 +347,9 @@ def validate(record: dict, path: str | os.PathLike | None = None) -> None:
 
     **Raises:**
 
-    `ValueError` naming the field at fault: a field is missing, unknown or of another
-    type, a number is not finite, an accuracy is not a fraction, curves differ in
-    length, the record does not fit its config, its place or its digests.
+    - `ValueError` naming the field at fault: a field is missing, unknown or of another
+        type, a number is not finite, an accuracy is not a fraction, curves differ in
+        length, the record does not fit its config, its place or its digests.
     """
     _check_types(record, _FIELDS)
     for name in record:
@@ -379,7 +379,7 @@ def path_of(fields: dict, root: str | os.PathLike) -> pathlib.Path:
 
     **Raises:**
 
-    `ValueError` if one of the names cannot be the name of a file or folder.
+    - `ValueError` if one of the names cannot be the name of a file or folder.
     """
     for field in ("experiment", "tier", "method"):
         good = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9+._-]*", fields[field])
@@ -420,7 +420,7 @@ def guard(fields: dict, root: str | os.PathLike) -> None:
 
     **Raises:**
 
-    `FileExistsError` naming the file and the remedy.
+    - `FileExistsError` naming the file and the remedy.
     """
     path = path_of(fields, root)
     if not path.exists():
@@ -453,8 +453,8 @@ def save(record: dict, root: str | os.PathLike) -> pathlib.Path:
 
     **Raises:**
 
-    `ValueError` if the record is not valid, `FileExistsError` if it would overwrite a
-    record of another config.
+    - `ValueError` if the record is not valid, `FileExistsError` if it would overwrite a
+        record of another config.
     """
     if "checksum" not in record:
         record = seal(record)
@@ -478,7 +478,7 @@ def load(path: str | os.PathLike) -> dict:
 
     **Raises:**
 
-    `ValueError` naming the file and the field at fault.
+    - `ValueError` naming the file and the field at fault.
     """
     path = pathlib.Path(path)
     record = _read(path)

@@ -26,22 +26,23 @@ from ._series import TimeSeries as TimeSeries
 from ._split import training_subset as training_subset
 from ._split import validation_split as validation_split
 
-# For autodoc, which passes over what is imported unless it is listed.
+# For autodoc, which passes over what is imported unless it is listed; in the order of
+# its page.
 __all__ = [
-    "Batches",
-    "DataError",
+    "load",
     "Dataset",
     "TimeSeries",
-    "averaged_down",
-    "cifar10",
     "digits",
-    "load",
-    "main",
     "mnist",
-    "normalised_split",
-    "padded_batches",
+    "cifar10",
     "physionet2012",
+    "averaged_down",
     "standardised",
+    "normalised_split",
     "training_subset",
     "validation_split",
+    "Batches",
+    "padded_batches",
+    "DataError",
+    "main",
 ]

@@ -28,7 +28,7 @@ class Batches:
 
     **Raises:**
 
-    A `ValueError` if `n` or `batch_size` is below one, or `seed` is negative.
+    - `ValueError` if `n` or `batch_size` is below one, or `seed` is negative.
     """
 
     n: int
@@ -71,7 +71,7 @@ def padded_batches(
 
     **Raises:**
 
-    A `ValueError` if `n` or `batch_size` is below one.
+    - `ValueError` if `n` or `batch_size` is below one.
     """
     _check_at_least("n", n, 1)
     _check_at_least("batch_size", batch_size, 1)

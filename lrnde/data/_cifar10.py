@@ -50,8 +50,8 @@ def cifar10(folder: str | os.PathLike | None = None) -> Dataset:
 
     **Raises:**
 
-    A `DataError` if a file is missing, damaged, malformed or cannot be downloaded: it
-    names the file, what was expected, and what to do.
+    - `DataError` if a file is missing, damaged, malformed or cannot be downloaded: it
+        names the file, what was expected, and what to do.
     """
     batches = _read_unpacked(folder) or _unpack(*read(_NAME, folder))
     names = [file.name for file in SOURCES[_NAME].members]

@@ -32,7 +32,7 @@ class Dataset:
 
     **Raises:**
 
-    A `ValueError` if the arrays do not fit together.
+    - `ValueError` if the arrays do not fit together.
     """
 
     x_train: Float[np.ndarray, "n_train d"]
@@ -77,7 +77,7 @@ def digits() -> Dataset:
 
     **Raises:**
 
-    An `ImportError` if scikit-learn is not installed.
+    - `ImportError` if scikit-learn is not installed.
     """
     images = import_extra("sklearn.datasets", "scikit-learn").load_digits()
     split = import_extra("sklearn.model_selection", "scikit-learn").train_test_split
@@ -115,8 +115,8 @@ def mnist(folder: str | os.PathLike | None = None) -> Dataset:
 
     **Raises:**
 
-    A `DataError` if a file is missing, damaged or cannot be downloaded: it names the
-    file, what was expected, and what to do.
+    - `DataError` if a file is missing, damaged or cannot be downloaded: it names the
+        file, what was expected, and what to do.
     """
     names = [file.name for file in SOURCES["mnist"].files]
     x_train, y_train, x_test, y_test = map(
@@ -147,7 +147,7 @@ def averaged_down(dataset: Dataset, factor: int) -> Dataset:
 
     **Raises:**
 
-    A `ValueError` unless the blocks fill the images.
+    - `ValueError` unless the blocks fill the images.
     """
     rows, columns, *channels = dataset.image_shape
     if factor < 1 or rows % factor or columns % factor:

@@ -54,7 +54,7 @@ def load(name: str) -> Dataset | TimeSeries:
 
     **Raises:**
 
-    A `ValueError` for any other name.
+    - `ValueError` for any other name.
     """
     if name not in _LOADERS:
         raise ValueError(f"unknown data set {name!r}; choose from {sorted(_LOADERS)}")

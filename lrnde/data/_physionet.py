@@ -89,9 +89,9 @@ def physionet2012(
 
     **Raises:**
 
-    A `ValueError` for other sets or none. A `DataError` if a file is missing, damaged,
-    malformed or cannot be downloaded: it names the file, what was expected, and what
-    to do, or the row that is malformed.
+    - `ValueError` for other sets or none.
+    - `DataError` if a file is missing, damaged, malformed or cannot be downloaded: it
+        names the file, what was expected, and what to do, or the row that is malformed.
     """
     chosen = sorted(set(sets))
     if not chosen or not set(chosen) <= {"a", "b", "c"}:

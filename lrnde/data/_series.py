@@ -34,7 +34,7 @@ class TimeSeries:
 
     **Raises:**
 
-    A `ValueError` if the arrays do not fit together.
+    - `ValueError` if the arrays do not fit together.
     """
 
     times: Float[np.ndarray, " times"]
@@ -111,7 +111,7 @@ def normalised_split(
 
     **Raises:**
 
-    A `ValueError` if there are fewer than three series, too few to split.
+    - `ValueError` if there are fewer than three series, too few to split.
     """
     n = len(values)
     if n < 3:

@@ -30,7 +30,7 @@ def validation_split(dataset: _Data, size: int, seed: int) -> _Data:
 
     **Raises:**
 
-    A `ValueError` unless at least one row is held out and at least one remains.
+    - `ValueError` unless at least one row is held out and at least one remains.
     """
     held_out = _drawn(dataset, size, seed)
     parts = {}
@@ -56,7 +56,7 @@ def training_subset(dataset: _Data, size: int, seed: int) -> _Data:
 
     **Raises:**
 
-    A `ValueError` unless at least one row is kept and at least one is not.
+    - `ValueError` unless at least one row is kept and at least one is not.
     """
     kept = _drawn(dataset, size, seed)
     parts = {name: rows[kept] for name, rows in _training_part(dataset).items()}
