@@ -219,6 +219,8 @@ class MultiScaleODEClassifier(eqx.Module):
             Bottleneck(channels, 8, 32, key=keys[3]),
             Bottleneck(channels, 16, 64, key=keys[4]),
         )
+        # The batch norms cancel these biases; the published number of parameters has
+        # them.
         self.down = ConvNorm(32, 64, stride=2, bias=True, key=keys[5])
         self.widen = ConvNorm(64, 200, 1, bias=True, key=keys[6])
         self.readout = Linear(200, classes, key=keys[7])
