@@ -35,9 +35,6 @@ class TapeAdjoint(diffrax.AbstractAdjoint):
 
     - `ValueError` if `rows` is not positive, or the term has an `UnsafeBrownianPath`.
     - `RuntimeError` if a solve with `max_steps=None` is differentiated.
-    - `NotImplementedError` if one solve is differentiated in several ways, one of which
-        saves many more arrays than the first; a derivative of your own
-        (`jax.custom_vjp`) could do that.
     """
 
     rows: int = 64

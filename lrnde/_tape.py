@@ -240,7 +240,8 @@ class _Splits:
     the last one only (as of jax 0.10). Where a solve is differentiated in several ways,
     `jax.checkpoint` may then read what one has saved with the structure of another. So
     the structure has to be the same for all: the tape is filled up with empty arrays,
-    to a length with room for more than the first of them needs.
+    to a length with room for more than the first of them needs. (If a later one needs
+    more than that, it is saved all the same, and `jax.checkpoint` may fail.)
     """
 
     def __init__(self):
@@ -248,12 +249,6 @@ class _Splits:
         self._length = 0
 
     def padded(self, tape: list[Array]) -> list[Array]:
-        if len(tape) > self._length:
-            raise NotImplementedError(
-                f"A step saves {len(tape)} arrays for its derivative, where at most "
-                f"{self._length} were expected. Use "
-                "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
-            )
         return [*tape, *[jnp.zeros(0)] * (self._length - len(tape))]
 
     def make(self, body_fun, val, perturbed) -> _Body:

@@ -76,6 +76,40 @@ def test_one_solve_is_differentiated_in_several_ways(rows, float64):
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
+@jax.custom_vjp
+def saving_much(z):
+    return -z
+
+
+saving_much.defvjp(
+    lambda z: (-z, [jnp.sin(k * z) for k in range(40)]),
+    lambda residuals, cotangent: (-cotangent + 0 * sum(residuals),),
+)
+
+
+def test_a_derivative_may_save_any_number_of_arrays():
+    @jax.jit
+    def end(x, z):
+        found = taped_while_loop(
+            lambda val: True,
+            lambda val: (jnp.sin(val[0]), saving_much(val[1])),
+            (x, z),
+            max_steps=3,
+            buffers=None,
+            rows=2,
+        )
+        return sum(found)
+
+    jax.clear_caches()
+    jax.grad(end)(0.5, 0.7)
+    assert jax.grad(end, 1)(0.5, 0.7) == -1
+    # Where they are the first, there is room for them in what is read again.
+    jax.clear_caches()
+    jax.grad(end, 1)(0.5, 0.7)
+    jax.grad(end)(0.5, 0.7)
+    assert jax.grad(jax.checkpoint(end), 1)(0.5, 0.7) == -1
+
+
 def test_batched_solves_of_different_lengths(float64):
     scales = jnp.array([0.1, 1.0, 4.0])
 
